@@ -10,7 +10,7 @@ import httpx2
 import pytest
 
 from downloadview_async import errors
-from downloadview_async.sources.remote.client import ERRORS, client_error
+from downloadview_async.sources.remote.httpx_client import ERRORS, client_error
 
 CLASSES = {
     name: value for name, value in vars(errors).items() if isinstance(value, type) and issubclass(value, BaseException)

@@ -109,6 +109,12 @@ class Connection(Protocol):
     def when_half_closed(self, callback: Callable[[], None] | None) -> None:
         """Call `callback` when the client closes its side of the connection, or now if it has; None: call nothing."""
 
+    def when_lost(self, callback: Callable[[], None]) -> None:
+        """Call `callback`, instead of an earlier one, when the connection is lost, or now if it is."""
+
+    def forget_when_lost(self, callback: Callable[[], None]) -> None:
+        """Do not call `callback`, unless another one has replaced it."""
+
     def counting_send(self, send: Send, account: "Account") -> Send | None:
         """Return the server's own function that sends as `send` does, and tells the account what it has sent.
 

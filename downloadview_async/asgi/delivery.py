@@ -20,7 +20,7 @@ from downloadview_async.asgi.zero_copy import send_zero_copy
 from downloadview_async.errors import SourceUnavailable, TransferAborted
 from downloadview_async.http.metadata import ByteRange
 from downloadview_async.http.plan import Plan
-from downloadview_async.sources.base import OpenFile, Piece, pieces_of
+from downloadview_async.sources.base import OpenFile, Piece, arrived, pieces_of
 from downloadview_async.sources.local.open_file import OpenLocalFile, local_of
 
 SMALL = 64 * 1024
@@ -154,6 +154,8 @@ def delivery_of(
     if local is None:
         if takes_descriptors and len(span) > SMALL and (batches := pieces_of(opened, span)) is not None:
             return Pieces(batches, span, Chunks(plan, opened))
+        if len(span) <= SMALL and (body := arrived(opened, span)) is not None:
+            return Inline(body, span)
         return Chunks(plan, opened)
     if len(span) <= SMALL:
         body = local.read_nowait(span)

@@ -1,7 +1,8 @@
 """Clients that leave before the end of their answer, or send a body that nobody reads."""
 
 from collections.abc import Awaitable, Callable, Mapping
-from typing import Any
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import anyio
 from starlette.types import Message, Receive, Send
@@ -9,6 +10,9 @@ from starlette.types import Message, Receive, Send
 from downloadview_async.asgi.extensions import PATHSEND, ZERO_COPY
 from downloadview_async.asgi.loan import LentFile, Loan
 from downloadview_async.http.plan import Headers
+
+if TYPE_CHECKING:
+    from downloadview_async.asgi.accounts import Connection
 
 MAX_UNREAD_BODY = 1 << 20
 """Up to this many bytes of a request body are read and dropped: closing earlier could cost the client the answer."""
@@ -64,6 +68,22 @@ async def until_the_client_leaves(work: Callable[[Send], Awaitable[None]], recei
         raise failure
 
 
+async def until_the_connection_is_lost(
+    work: Callable[[Send], Awaitable[None]], connection: "Connection", send: Send
+) -> None:
+    """Do what `until_the_client_leaves` does, for a request without a body, on a connection that tells of its loss.
+
+    No task has to listen for that, and starting one would cost as much as the rest of a small answer.
+    """
+    with anyio.CancelScope() as scope:
+        cancel = scope.cancel
+        connection.when_lost(cancel)
+        try:
+            await work(calling_at_the_end(send, partial(connection.forget_when_lost, cancel)))
+        finally:
+            connection.forget_when_lost(cancel)
+
+
 def calling_at_the_end(send: Send, then: Callable[[], None]) -> Send:
     """Return a `send` that also calls a function when the server has taken the end of the response.
 
@@ -106,6 +126,11 @@ async def _client_leaves(receive: Receive) -> bool:
         is_complete = not message.get("more_body", False)
         unread += len(message.get("body", b""))
     return False
+
+
+def has_body(scope: Mapping[str, Any]) -> bool:
+    """Return whether a request of HTTP/1.1 has a body [RFC 9112 6]."""
+    return any(name in (b"content-length", b"transfer-encoding") for name, _ in scope["headers"])
 
 
 def close_after_body(scope: Mapping[str, Any]) -> Headers:

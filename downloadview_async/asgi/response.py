@@ -28,7 +28,12 @@ from downloadview_async.asgi.delivery import (
     delivery_of,
 )
 from downloadview_async.asgi.departures import answer_until_departure
-from downloadview_async.asgi.disconnect import close_after_body, until_the_client_leaves
+from downloadview_async.asgi.disconnect import (
+    close_after_body,
+    has_body,
+    until_the_client_leaves,
+    until_the_connection_is_lost,
+)
 from downloadview_async.asgi.errors import note_refusal, refuse_websocket, send_error
 from downloadview_async.asgi.extensions import CONNECTION, PATHSEND, PREPARED, SEND_LATER
 from downloadview_async.asgi.handed_over import awaits_line, hand_over
@@ -200,7 +205,11 @@ class DownloadResponse(Response):
 
     def _answer_or_leave(self, scope: Scope, receive: Receive, send: Send) -> Awaitable[None]:
         """Answer with all the time that it takes, or until the client leaves."""
-        return until_the_client_leaves(partial(self._answer_or_error, scope), receive, send)
+        work = partial(self._answer_or_error, scope)
+        connection = (scope.get("extensions") or {}).get(CONNECTION)
+        if connection is None or has_body(scope):
+            return until_the_client_leaves(work, receive, send)
+        return until_the_connection_is_lost(work, connection, send)
 
     async def _answer_nowait(self, scope: Scope, receive: Receive, send: Send) -> bool:
         """Answer if the file can be opened without waiting, and return whether that was so.
@@ -327,7 +336,13 @@ class DownloadResponse(Response):
         if metadata.digests and offload is not None and _wants_a_digest(scope):
             request = DownloadRequest.from_headers("HEAD", scope["headers"])  # the proxy evaluates the rest of it
         answer = answer_to(
-            request, metadata, self.presentation, self.raw_headers, offload, status=self.status_code, keep=keep
+            request,
+            metadata,
+            self.presentation,
+            self.raw_headers,
+            offload,
+            status=self.status_code,
+            keep=keep or metadata.is_pinned,
         )
         answer = answer.from_cache(age_of(opened), cache_status_of(self.file))
         start = self._start(answer, scope)

@@ -6,6 +6,7 @@ RFC 9110 section 5.6.7, RFC 9111 section 1.2.2.
 import math
 import re
 from datetime import UTC, datetime
+from functools import lru_cache
 from time import gmtime
 
 _DAYS = ("Mon", "Tue", "Wed", "Thu", "Fri", "Sat", "Sun")
@@ -23,6 +24,8 @@ _FORMATS = (
     re.compile(f"{_LONG_DAY_NAME}, (?P<day>[0-9]{{2}})-{_MONTH_NAME}-(?P<year>[0-9]{{2}}) {_TIME} GMT"),  # RFC 850
     re.compile(f"{_DAY_NAME} {_MONTH_NAME} (?P<day>[0-9]{{2}}| [0-9]) {_TIME} (?P<year>[0-9]{{4}})"),  # asctime
 )
+
+_FIXDATE_LENGTH = 29  # characters; no other format has as many
 
 LATEST = 253402300799
 """The last second that an HTTP date can name: Fri, 31 Dec 9999 23:59:59 GMT."""
@@ -55,6 +58,16 @@ def parse_http_date(text: str, *, now: float | None = None) -> int | None:
     A two-digit year that appears to be more than 50 years after `now` (default: the clock) is taken as 100 years
     earlier [RFC 9110 5.6.7].
     """
+    return _parse_fixdate(text) if len(text) == _FIXDATE_LENGTH else _parse(text, now)
+
+
+@lru_cache(maxsize=256)
+def _parse_fixdate(text: str) -> int | None:
+    """Parse a text as long as an IMF-fixdate, whose year has four digits. Most dates are parsed again and again."""
+    return _parse(text, None)
+
+
+def _parse(text: str, now: float | None) -> int | None:
     for pattern in _FORMATS:
         if match := pattern.fullmatch(text):
             break

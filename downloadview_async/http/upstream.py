@@ -5,7 +5,7 @@ Conditions and the range are sent upstream; an allow-list of headers is passed b
 
 import re
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
 from downloadview_async.errors import FileMissing, PreconditionFailed, UpstreamBusy, UpstreamError
@@ -33,7 +33,7 @@ _CLOCKS = 60  # seconds by which the clock of an upstream may differ from ours i
 
 # No other header of an upstream is passed on: X-Accel-*, X-Sendfile*, X-Reproxy-* and Set-Cookie are orders to our
 # proxy or to our client. Content-Length, -Type, -Range, ETag and Last-Modified are read, checked and generated anew.
-_PASSED_HEADERS = ("content-encoding", "content-language", "cache-control", "expires", "vary", "age")
+_PASSED_HEADERS = ("content-language", "cache-control", "expires", "vary", "content-encoding", "age")
 
 _UNSATISFIED_RANGE = re.compile(r"bytes \*/([0-9]{1,18})", re.IGNORECASE)
 _LENGTH = re.compile("[0-9]{1,18}")
@@ -157,8 +157,6 @@ def described(answer: Answer, request: DownloadRequest, url: str) -> Content:
     request: the client's request to us. url: for error messages.
     """
     status, fields, sent = answer.status, answer.fields, answer.sent
-    pinning = validators(answer)
-    metadata = replace(_with_representation_fields(pinning, fields), digests=_digests(answer))
     has_content = answer.method != "HEAD"
     match status:
         case 200 | 203:  # a proxy has changed what the origin sent [RFC 9110 15.3.4]
@@ -168,26 +166,26 @@ def described(answer: Answer, request: DownloadRequest, url: str) -> Content:
                     f"{url!r} sent {', '.join(order)} and no bytes: it is behind its own proxy, so give this source "
                     "the URL of that proxy"
                 )
-            return Content(metadata=_readable(metadata, size), stop=size, exists=has_content)
+            return Content(metadata=_metadata(answer, size), stop=size, exists=has_content)
         case 206 if (spec := single_range(request)) is not None and "range" in sent:
             part, size = content_range(fields)
             is_short = _is_short(answer)
             if size is not None and not is_short and not _has_range(part, spec, size):
                 sent_range = fields.get("content-range")
                 raise UpstreamError(f"{url!r} sent {sent_range!r}, which is not the requested range")
-            readable = _readable(metadata, size)
-            return Content(metadata=readable, start=part.start, stop=part.stop, exists=has_content, is_short=is_short)
+            metadata = _metadata(answer, size)
+            return Content(metadata=metadata, start=part.start, stop=part.stop, exists=has_content, is_short=is_short)
         case 206 if "content-range" in fields:  # the whole file as a part, though no Range was sent
             part, size = content_range(fields)
             if size is not None and part == ByteRange(0, size):
-                return Content(metadata=_readable(metadata, size), stop=size, exists=has_content)
+                return Content(metadata=_metadata(answer, size), stop=size, exists=has_content)
         case 304 if not {"if-none-match", "if-modified-since"}.isdisjoint(sent):
-            return Content(metadata=_readable(_not_modified(metadata, request), None), exists=False)
+            return Content(metadata=_readable(_not_modified(_metadata(answer, None), request), None), exists=False)
         case 412 if not {"if-match", "if-unmodified-since"}.isdisjoint(sent):
             raise PreconditionFailed(f"{url!r} answered 412")
         case 416 if (match := _UNSATISFIED_RANGE.fullmatch(fields.get("content-range", ""))) and "range" in sent:
             # the other fields describe the error page
-            return Content(metadata=_readable(pinning, int(match[1])), exists=False)
+            return Content(metadata=_readable(validators(answer), int(match[1])), exists=False)
         case 404 | 410:
             raise FileMissing(f"{url!r} answered {status}")
         case 429 | 503:
@@ -317,13 +315,17 @@ def _is_unsatisfied(answer: Answer) -> bool:
 
 
 def _readable(metadata: FileMetadata, size: int | None) -> FileMetadata:
-    """Return metadata with a size and with the number of reads that an answer may cost.
+    """Return metadata with a size and with the number of reads that an answer may cost."""
+    return replace(metadata, size=size, max_reads=_max_reads(metadata, size))
+
+
+def _max_reads(metadata: FileMetadata, size: int | None) -> int:
+    """Return the number of reads that an answer may cost.
 
     Several reads must be of one version, which only a strong validator proves. Without one, all parts are read from one
     answer, if the file is small enough to read over the gaps between them.
     """
-    is_cheap = metadata.is_pinned or (size or 0) <= _MAX_ONCE
-    return replace(metadata, size=size, max_reads=MAX_READS if is_cheap else 1)
+    return MAX_READS if metadata.is_pinned or (size or 0) <= _MAX_ONCE else 1
 
 
 def _retry_after(fields: Mapping[str, str]) -> str | None:
@@ -336,15 +338,31 @@ def _age(fields: Mapping[str, str]) -> int | None:
     return parse_delta_seconds(fields.get("age", "").partition(",")[0].rstrip(" "))
 
 
-def _with_representation_fields(metadata: FileMetadata, fields: Mapping[str, str]) -> FileMetadata:
-    passed = {name: fields[name] for name in _PASSED_HEADERS if _FIELD_VALUE.fullmatch(fields.get(name, "\0"))}
-    coding, age = content_coding(passed.pop("content-encoding", "")), _age(passed)
-    if coding is not None:
-        passed["content-encoding"] = coding
-    passed.pop("age", None)
-    if age is not None:
-        passed["age"] = str(age)
-    return replace(metadata, content_type=valid_content_type(fields.get("content-type")), headers=tuple(passed.items()))
+def _metadata(answer: Answer, size: int | None) -> FileMetadata:
+    """Return what an answer tells about a file of some size."""
+    pinning, fields = validators(answer), answer.fields
+    return FileMetadata(
+        size=size,
+        etag=pinning.etag,
+        last_modified=pinning.last_modified,
+        content_type=valid_content_type(fields.get("content-type")),
+        max_reads=_max_reads(pinning, size),
+        headers=tuple(_passed_fields(fields)),
+        digests=_digests(answer),
+    )
+
+
+def _passed_fields(fields: Mapping[str, str]) -> Iterator[tuple[str, str]]:
+    for name in _PASSED_HEADERS:
+        value = fields.get(name)
+        if value is None or not _FIELD_VALUE.fullmatch(value):
+            continue
+        if name == "content-encoding":
+            value = content_coding(value)
+        elif name == "age":
+            value = None if (age := _age(fields)) is None else str(age)
+        if value is not None:
+            yield name, value
 
 
 def _digests(answer: Answer) -> Digests:
@@ -357,8 +375,10 @@ def _digests(answer: Answer) -> Digests:
     if answer.status == 203 or fields.get("content-encoding", "").strip(" \t").lower() not in ("", "identity"):
         return ()
     is_whole = answer.status == 200 and answer.method == "GET"
-    content_digest = fields.get("content-digest", "") if is_whole else ""
-    return parse_repr_digest(fields.get("repr-digest", "")) or parse_repr_digest(content_digest)
+    for name in ("repr-digest", "content-digest") if is_whole else ("repr-digest",):
+        if name in fields and (digests := parse_repr_digest(fields[name])):
+            return digests
+    return ()
 
 
 def _not_modified(metadata: FileMetadata, request: DownloadRequest) -> FileMetadata:

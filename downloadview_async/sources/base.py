@@ -104,6 +104,16 @@ class Recoded(Protocol):
         ...
 
 
+class Arriving(Protocol):
+    """An open file whose bytes arrive from elsewhere: optional for an `OpenFile`."""
+
+    def arrived(self, span: ByteRange) -> bytes | None:
+        """Return exactly the bytes of a span, once, if they are here already and are the rest of what arrives.
+
+        None: stream them.
+        """
+
+
 class Unframed(Protocol):
     """Optional for an open file: whether only the end of a connection marks the end of the file."""
 
@@ -231,6 +241,12 @@ def pieces_of(opened: OpenFile, span: ByteRange) -> AsyncGenerator[Sequence[Piec
     """Return the pieces of a span of an open file, which the caller closes; None if it has none: see `InPieces`."""
     pieces: Callable[[ByteRange], AsyncGenerator[Sequence[Piece], None]] | None = getattr(opened, "pieces", None)
     return None if pieces is None else pieces(span)
+
+
+def arrived(opened: OpenFile, span: ByteRange) -> bytes | None:
+    """Return the bytes of a span of an open file if they are here already: see `Arriving`."""
+    read: Callable[[ByteRange], bytes | None] | None = getattr(opened, "arrived", None)
+    return None if read is None else read(span)
 
 
 def on_demand_of(file: AsyncFile) -> OnDemand | None:

@@ -3,8 +3,11 @@
 import asyncio
 import contextlib
 import itertools
+import socket
+import struct
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
+from typing import Any
 from urllib.parse import unquote
 
 import anyio
@@ -14,6 +17,7 @@ from starlette.applications import Starlette
 from starlette.routing import Route
 
 from downloadview_async import Cache, CachedSource, Download, RemoteSource
+from downloadview_async.asgi.server import DownloadProtocol
 from downloadview_async.http.request import GET
 from downloadview_async.testing import call
 from tests.live import Answer, ask, ask_raw, listening, live
@@ -371,8 +375,6 @@ async def test_an_upstream_that_stalls_in_the_body_aborts_the_client(upstream: U
 
 
 async def test_an_upstream_that_refuses_connections_is_a_502() -> None:
-    import socket
-
     with socket.create_server(("127.0.0.1", 0)) as unused:
         free = unused.getsockname()[1]
     source = RemoteSource(f"http://127.0.0.1:{free}/", allow_hosts=["127.0.0.1"])
@@ -381,19 +383,32 @@ async def test_an_upstream_that_refuses_connections_is_a_502() -> None:
     await source.aclose()
 
 
-async def test_a_client_that_leaves_closes_the_upstream_at_once(upstream: Upstream) -> None:
-    """Long before the read timeout, which is half a minute here."""
+@pytest.mark.parametrize("protocol", ["httptools", DownloadProtocol], ids=["uvicorn", "ours"])
+@pytest.mark.parametrize("before", [0, 2])
+@pytest.mark.parametrize("body", [b"", b"hello"], ids=["no-body", "body"])
+async def test_a_client_that_leaves_closes_the_upstream_at_once(
+    upstream: Upstream, protocol: Any, before: int, body: bytes
+) -> None:
+    """Long before the read timeout, which is half a minute here. before: requests on the same connection."""
     source = RemoteSource(f"http://127.0.0.1:{upstream.port}/", allow_hosts=["127.0.0.1"], read_timeout=30)
-    async with live(Starlette(routes=[Route("/{path:path}", Download(source))])) as port:
+    async with live(Starlette(routes=[Route("/{path:path}", Download(source))]), http=protocol) as port:
         for answer in (
             b"",
             OK + b"Content-Length: 1000000\r\n\r\n" + b"x" * 100_000,
         ):  # before the first byte, and amid
+            upstream.answers = [ok()]
+            upstream.hold_after = None
+            reader, writer = await asyncio.open_connection("127.0.0.1", port)
+            # with a reset: our protocol answers a client that has only closed its side
+            writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            for _ in range(before):
+                writer.write(b"GET /a HTTP/1.1\r\nHost: x\r\n\r\n")
+                await reader.readuntil(TEN)
             upstream.answers = [answer]
             upstream.hold_after = asyncio.Event()
             count = len(upstream.requests)
-            reader, writer = await asyncio.open_connection("127.0.0.1", port)
-            writer.write(b"GET /a HTTP/1.1\r\nHost: x\r\n\r\n")
+            length = b"Content-Length: %d\r\n" % len(body) if body else b""
+            writer.write(b"GET /a HTTP/1.1\r\nHost: x\r\n%s\r\n%s" % (length, body))
             while len(upstream.requests) == count:
                 await asyncio.sleep(0.001)
             if answer:

@@ -3,7 +3,6 @@
 import asyncio
 import ssl
 from collections.abc import AsyncIterator
-from typing import Any
 
 import pytest
 import pytest_asyncio
@@ -46,7 +45,7 @@ async def test_a_trusted_certificate_of_the_right_name(
     port: int, certificate: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     trusting = ssl.create_default_context(cafile=certificate["ssl_certfile"])
-    monkeypatch.setattr(ssrf, "_ssl_context", lambda: trusting)
+    monkeypatch.setattr(ssrf, "ssl_context", lambda: trusting)
     assert await fetch(f"https://localhost:{port}/", times=3) == [BODY] * 3
     with pytest.raises(UpstreamError, match="certificate"):
         await fetch(f"https://127.0.0.1:{port}/")
@@ -67,7 +66,28 @@ async def test_a_plain_server_where_tls_was_expected() -> None:
 
 
 async def test_the_certificates_of_the_machine_are_read_once() -> None:
-    clients: list[Any] = [
-        ssrf.guarded_client(ssrf.AllowedHosts("x", ()), connect_timeout=1, read_timeout=1) for _ in range(2)
-    ]
-    assert clients[0]._transport._pool._ssl_context is clients[1]._transport._pool._ssl_context
+    assert ssrf.ssl_context() is ssrf.ssl_context()
+
+
+@pytest.mark.parametrize("extra", [b"EXTRA", b"HTTP/1.1 200 OK\r\nContent-Length: 6\r\n\r\nforged"])
+async def test_more_than_an_answer_is_never_the_next_one(
+    certificate: dict[str, str], monkeypatch: pytest.MonkeyPatch, extra: bytes
+) -> None:
+    """It may have been decrypted already, or be in a record of TLS that has been received, but not looked at."""
+    trusting = ssl.create_default_context(cafile=certificate["ssl_certfile"])
+    monkeypatch.setattr(ssrf, "ssl_context", lambda: trusting)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(*certificate.values())
+    connections = 0
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        nonlocal connections
+        connections += 1
+        while await reader.readuntil(b"\r\n\r\n"):
+            writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 4\r\n\r\ntrue")
+            writer.write(extra)  # another record
+            await writer.drain()
+
+    async with listening(serve, ssl=context) as port:
+        assert await fetch(f"https://localhost:{port}/", times=3) == [b"true"] * 3
+    assert connections == 3

@@ -222,6 +222,7 @@ class DownloadProtocol(HttpToolsProtocol):
         "_is_shutting_down",
         "_may_be_paced",
         "_on_half_close",
+        "_on_loss",
         "_pace_timer",
         "_paused",
         "_phase",
@@ -275,6 +276,7 @@ class DownloadProtocol(HttpToolsProtocol):
         self._untaken_since: tuple[float, int] | None = None  # a time, and how many bytes the client had not taken then
         self._is_half_closed = False
         self._on_half_close: Callable[[], None] | None = None
+        self._on_loss: Callable[[], None] | None = None
         self._is_draining = False
         self._is_shutting_down = False
         self.paced_at: int | None = None
@@ -756,6 +758,8 @@ class DownloadProtocol(HttpToolsProtocol):
             self._encrypted.close()
         end_flush(self)
         super().connection_lost(exc)
+        if self._on_loss is not None:
+            self._on_loss()
         if not self._is_answering():
             self.forget_scope()
 
@@ -904,6 +908,17 @@ class DownloadProtocol(HttpToolsProtocol):
         self._on_half_close = callback
         if callback is not None and self._is_half_closed:
             callback()
+
+    def when_lost(self, callback: Callable[[], None]) -> None:
+        """Call `callback`, instead of an earlier one, when the connection is lost, or now if it is."""
+        self._on_loss = callback
+        if self.is_lost:
+            callback()
+
+    def forget_when_lost(self, callback: Callable[[], None]) -> None:
+        """Do not call `callback`, unless another one has replaced it: the next request may have begun."""
+        if self._on_loss == callback:
+            self._on_loss = None
 
     def _stop_timers(self) -> None:
         stop_watching(self)

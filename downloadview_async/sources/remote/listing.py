@@ -2,11 +2,12 @@
 
 import json
 from collections.abc import AsyncGenerator
-from typing import Any
 
-from downloadview_async.errors import FileMissing, TransferAborted, UpstreamError
+from downloadview_async.errors import FileError, FileMissing, TransferAborted, UpstreamError
 from downloadview_async.sources.listing import Entry, aware_time
-from downloadview_async.sources.remote.client import Upstream, client_error, close
+from downloadview_async.sources.remote.client import Upstream
+from downloadview_async.sources.remote.http1 import Response
+from downloadview_async.sources.remote.httpx_client import HttpxResponse
 
 _MEDIA_TYPE = "application/x-ndjson"
 _MAX_LINE = 1 << 16  # bytes; a name of 255 bytes, escaped, and its URL have a small part of that
@@ -19,15 +20,15 @@ async def list_upstream(upstream: Upstream, url: str) -> AsyncGenerator[Entry, N
     Raises `FileMissing` for a folder that does not exist or may not be listed, `UpstreamError`, `SourceUnavailable`,
     and `TransferAborted` if the rest cannot be read.
     """
-    async with upstream.slot():
+    with await upstream.slots.take():
         response = await upstream.send("GET", f"{url}?format=ndjson", {"accept": _MEDIA_TYPE})
         try:
-            if response.status_code in _MISSING:
-                raise FileMissing(f"{url!r} answered {response.status_code}")
-            media_type = response.headers.get("content-type", "").partition(";")[0].strip().lower()
-            if response.status_code != 200 or media_type != _MEDIA_TYPE:
+            if response.status in _MISSING:
+                raise FileMissing(f"{url!r} answered {response.status}")
+            media_type = response.fields.get("content-type", "").partition(";")[0].strip().lower()
+            if response.status != 200 or media_type != _MEDIA_TYPE:
                 raise UpstreamError(
-                    f"{url!r} does not list: it answered {response.status_code} with {media_type or 'no type'!r}"
+                    f"{url!r} does not list: it answered {response.status} with {media_type or 'no type'!r}"
                 )
             rest = b""
             async for chunk in _chunks_of(response, url):
@@ -39,17 +40,15 @@ async def list_upstream(upstream: Upstream, url: str) -> AsyncGenerator[Entry, N
             if rest:
                 yield entry_of(rest)
         finally:
-            await close(response)
+            await response.aclose()
 
 
-async def _chunks_of(response: Any, url: str) -> AsyncGenerator[bytes, None]:
+async def _chunks_of(response: Response | HttpxResponse, url: str) -> AsyncGenerator[bytes, None]:
     try:
-        async for chunk in response.aiter_raw():
+        while chunk := await response.read():
             yield chunk
-    except Exception as exc:
-        if (error := client_error(exc)) is None:
-            raise
-        raise TransferAborted(f"{url!r} broke off: {error}") from exc
+    except FileError as exc:
+        raise TransferAborted(f"{url!r} broke off: {exc}") from exc
 
 
 def entry_of(line: bytes) -> Entry:

@@ -2,20 +2,23 @@
 
 The transport of an event loop reads ahead: uvloop's drains the whole buffer of the kernel, several MiB for each
 download whose client is slower than its upstream. Here, a slow client slows the upstream down through TCP.
+
+Each deadline is a time of `time.monotonic`.
 """
 
-import select
+import asyncio
+import math
 import socket
 import ssl
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
+from time import monotonic
 from typing import Any
 
 import anyio
 import anyio.abc
-import httpcore2
-from anyio.lowlevel import checkpoint
 from anyio.streams.tls import TLSAttribute, TLSStream
+
+from downloadview_async.errors import UpstreamError, UpstreamTimeout
 
 _BROKEN = (
     OSError,
@@ -28,10 +31,11 @@ _BROKEN = (
 
 
 class SocketStream(anyio.abc.ByteStream):
-    """A connected, non-blocking socket as a stream of bytes."""
+    """A connected, non-blocking socket as a stream of bytes. deadline: after it, nothing is waited for any more."""
 
-    def __init__(self, connection: socket.socket) -> None:
-        self.connection = connection
+    def __init__(self, raw: socket.socket) -> None:
+        self.raw = raw
+        self.deadline = math.inf
 
     @property
     def extra_attributes(self) -> Mapping[Any, Callable[[], Any]]:
@@ -39,135 +43,164 @@ class SocketStream(anyio.abc.ByteStream):
         return {}
 
     async def receive(self, max_bytes: int = 65536) -> bytes:
-        """Return the next bytes. Raises `EndOfStream`, or `OSError` from the socket."""
-        await checkpoint()
+        """Return the next bytes. Raises `EndOfStream`, `UpstreamTimeout`, or `OSError` from the socket."""
         while True:
+            await _wait(self.raw, self.deadline)
             try:
-                received = self.connection.recv(max_bytes)
+                received = self.raw.recv(max_bytes)
             except BlockingIOError:
-                await anyio.wait_readable(self.connection)
                 continue
             if not received:
                 raise anyio.EndOfStream
             return received
 
     async def send(self, item: bytes) -> None:
-        """Send all the bytes. Raises `OSError` from the socket."""
-        await checkpoint()
+        """Send all the bytes. Raises `UpstreamTimeout`, or `OSError` from the socket."""
         left = memoryview(item)
         while left:
             try:
-                left = left[self.connection.send(left) :]
+                left = left[self.raw.send(left) :]
             except BlockingIOError:
-                await anyio.wait_writable(self.connection)
+                await _wait(self.raw, self.deadline, to_write=True)
 
     async def send_eof(self) -> None:
         """Shut down the sending side."""
-        self.connection.shutdown(socket.SHUT_WR)
+        self.raw.shutdown(socket.SHUT_WR)
 
     async def aclose(self) -> None:
         """Close the socket."""
-        if self.connection.fileno() >= 0:
-            anyio.notify_closing(self.connection)
-            self.connection.close()
+        self.raw.close()
 
 
-class Connection(httpcore2.AsyncNetworkStream):
-    """A `SocketStream`, or TLS over one, with the interface, timeouts (seconds) and errors of httpcore."""
+class Connection:
+    """A connected socket, or TLS over one."""
 
-    def __init__(self, stream: anyio.abc.ByteStream, raw: socket.socket) -> None:
-        self._stream = stream
-        self._raw = raw
+    def __init__(self, raw: socket.socket) -> None:
+        self._socket = SocketStream(raw)
+        self._stream: SocketStream | TLSStream = self._socket
         self.has_answered = False
         """Whether a byte was received after the last one was sent."""
 
-    async def read(self, max_bytes: int, timeout: float | None = None) -> bytes:
-        """Return the next bytes; b"" at the end."""
-        with _as_httpcore_errors(httpcore2.ReadTimeout, httpcore2.ReadError), anyio.fail_after(timeout):
-            try:
-                received = await self._stream.receive(max_bytes)
-            except anyio.EndOfStream:
-                return b""
+    async def start_tls(self, context: ssl.SSLContext, host: str, deadline: float) -> None:
+        """Begin TLS, and check the certificate against the name of the host."""
+        self._socket.deadline = deadline
+        try:
+            self._stream = await TLSStream.wrap(
+                self._socket, ssl_context=context, hostname=host, standard_compatible=False, server_side=False
+            )
+        except _BROKEN as exc:
+            raise UpstreamError(f"TLS with {host!r} failed: {type(exc).__name__}: {exc}") from exc
+
+    async def send(self, data: bytes, deadline: float) -> None:
+        """Send all the bytes. Raises `UpstreamError`, and `UpstreamTimeout` at the deadline."""
+        self._socket.deadline = deadline
+        self.has_answered = False
+        try:
+            await self._stream.send(data)
+        except _BROKEN as exc:
+            raise UpstreamError(f"the connection broke: {type(exc).__name__}: {exc}") from exc
+
+    async def receive(self, max_bytes: int, deadline: float) -> bytes:
+        """Return the next bytes; b"" at the end. Raises `UpstreamError`, and `UpstreamTimeout` at the deadline."""
+        self._socket.deadline = deadline
+        try:
+            received = await self._stream.receive(max_bytes)
+        except anyio.EndOfStream:
+            return b""
+        except _BROKEN as exc:
+            raise UpstreamError(f"the connection broke: {type(exc).__name__}: {exc}") from exc
         self.has_answered = True
         return received
 
-    async def write(self, buffer: bytes, timeout: float | None = None) -> None:
-        """Send all the bytes."""
-        self.has_answered = False
-        with _as_httpcore_errors(httpcore2.WriteTimeout, httpcore2.WriteError), anyio.fail_after(timeout):
-            await self._stream.send(buffer)
-
-    async def aclose(self) -> None:
-        """Close the connection."""
-        await self._stream.aclose()
-
-    async def start_tls(
-        self, ssl_context: ssl.SSLContext, server_hostname: str | None = None, timeout: float | None = None
-    ) -> "Connection":
-        """Return the same connection with TLS, after the certificate was checked against the name of the server."""
-        with _as_httpcore_errors(httpcore2.ConnectTimeout, httpcore2.ConnectError):
-            try:
-                with anyio.fail_after(timeout):
-                    secured = await TLSStream.wrap(
-                        self._stream,
-                        ssl_context=ssl_context,
-                        hostname=server_hostname,
-                        standard_compatible=False,
-                        server_side=False,
-                    )
-                # If the request has just been cancelled, it ends here, where the socket is closed. In httpcore's next
-                # step, the connection would stay in the pool for ever, open and unusable.
-                await checkpoint()
-            except BaseException:
-                self._raw.close()
-                raise
-        return Connection(secured, self._raw)
-
-    def get_extra_info(self, info: str) -> Any:
-        """Return what httpcore needs to know: whether an idle connection has bytes to read, and its TLS object."""
-        if info == "is_readable":
-            return _is_readable(self._raw)
-        if info == "ssl_object":
-            return self._stream.extra(TLSAttribute.ssl_object, None)  # noqa: S610
-        return None
-
-
-def _is_readable(raw: socket.socket) -> bool:
-    if raw.fileno() < 0:
-        return True
-    poll = select.poll()
-    poll.register(raw, select.POLLIN)
-    return bool(poll.poll(0))
-
-
-async def connect(address: str, port: int, *, family: int, timeout: float | None, options: Iterable[Any]) -> Connection:
-    """Return a connection to a literal address. Raises `httpcore2.ConnectError` or `httpcore2.ConnectTimeout`."""
-    with _as_httpcore_errors(httpcore2.ConnectTimeout, httpcore2.ConnectError):
-        raw = socket.socket(family, socket.SOCK_STREAM)
-        raw.setblocking(False)
+    def receive_nowait(self, max_bytes: int) -> bytes:
+        """Return what has arrived; b"" if that is nothing, if the connection has ended, or for TLS."""
+        if self._stream is not self._socket:
+            return b""
         try:
-            raw.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            for option in options:
-                raw.setsockopt(*option)
-            with anyio.fail_after(timeout):
-                try:
-                    raw.connect((address, port))
-                except BlockingIOError:
-                    await anyio.wait_writable(raw)
-            if code := raw.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR):
-                raise OSError(code, f"cannot connect to {address} port {port}")
-            await checkpoint()  # see `Connection.start_tls`
-        except BaseException:
-            raw.close()
-            raise
-    return Connection(SocketStream(raw), raw)
+            return self._socket.raw.recv(max_bytes)
+        except OSError:
+            return b""
+
+    @property
+    def is_quiet(self) -> bool:
+        """Whether the other side has neither closed the connection nor sent bytes that were not received."""
+        try:
+            self._socket.raw.recv(1, socket.MSG_PEEK)
+        except BlockingIOError:
+            pass
+        except OSError:
+            return False
+        else:
+            return False
+        if isinstance(self._stream, TLSStream):
+            try:
+                self._stream.extra(TLSAttribute.ssl_object).read(1)  # noqa: S610
+            except ssl.SSLWantReadError:
+                return True
+            except (OSError, ssl.SSLError):
+                pass
+            return False
+        return True
+
+    def close(self) -> None:
+        """Close the connection."""
+        self._socket.raw.close()
 
 
-@contextmanager
-def _as_httpcore_errors(timed_out: type[Exception], broken: type[Exception]) -> Iterator[None]:
+async def connect(address: str, port: int, *, family: int, deadline: float) -> Connection:
+    """Return a connection to a literal address. Raises `UpstreamError`, and `UpstreamTimeout` at the deadline."""
     try:
-        yield
-    except TimeoutError as exc:
-        raise timed_out(str(exc)) from exc
-    except _BROKEN as exc:
-        raise broken(f"{type(exc).__name__}: {exc}") from exc
+        raw = socket.socket(family, socket.SOCK_STREAM)
+    except OSError as exc:  # there is no free descriptor
+        raise UpstreamError(f"{type(exc).__name__}: {exc}") from exc
+    raw.setblocking(False)
+    try:
+        raw.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        try:
+            raw.connect((address, port))
+        except BlockingIOError:
+            await _wait(raw, deadline, to_write=True)
+        if code := raw.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR):
+            raise OSError(code, f"cannot connect to {address} port {port}")
+    except BaseException as exc:
+        raw.close()
+        if isinstance(exc, _BROKEN):
+            raise UpstreamError(f"{type(exc).__name__}: {exc}") from exc
+        raise
+    return Connection(raw)
+
+
+async def _wait(raw: socket.socket, deadline: float, *, to_write: bool = False) -> None:
+    """Wait until a socket can be read or written. Raises `UpstreamTimeout` at the deadline.
+
+    On asyncio, this costs a third of what `anyio.wait_readable` and `anyio.fail_after` do.
+    """
+    seconds = deadline - monotonic()
+    if _is_asyncio():
+        loop = asyncio.get_running_loop()
+        waiter: asyncio.Future[bool] = loop.create_future()
+        (loop.add_writer if to_write else loop.add_reader)(raw, _end, waiter, True)
+        timer = loop.call_later(max(seconds, 0), _end, waiter, False)
+        try:
+            is_ready = await waiter
+        finally:
+            timer.cancel()
+            (loop.remove_writer if to_write else loop.remove_reader)(raw)
+    else:
+        with anyio.move_on_after(seconds) as scope:
+            await (anyio.wait_writable if to_write else anyio.wait_readable)(raw)
+        is_ready = not scope.cancelled_caught
+    if not is_ready:
+        raise UpstreamTimeout(f"the upstream {'takes' if to_write else 'sends'} nothing")
+
+
+def _is_asyncio() -> bool:
+    try:
+        return asyncio.current_task() is not None
+    except RuntimeError:
+        return False
+
+
+def _end(waiter: "asyncio.Future[bool]", is_ready: bool) -> None:
+    if not waiter.done():
+        waiter.set_result(is_ready)

@@ -25,13 +25,14 @@ from downloadview_async.http.upstream import (
     described,
     fields_to_send,
     is_refusal,
-    joined_fields,
     version_of,
 )
 from downloadview_async.sources.base import pass_listing_on
 from downloadview_async.sources.listing import Entry, accepted_entries
 from downloadview_async.sources.names import Names, canonical_name, check_names_option, has_dot_segment
-from downloadview_async.sources.remote.client import Upstream, client_error, is_host, settle
+from downloadview_async.sources.remote.client import Upstream, is_host
+from downloadview_async.sources.remote.http1 import Response
+from downloadview_async.sources.remote.httpx_client import HttpxResponse
 from downloadview_async.sources.remote.listing import list_upstream
 from downloadview_async.sources.workers import Slots
 
@@ -145,9 +146,13 @@ class RemoteFile:
             ):
                 yield file
             return
-        async with self._upstream.slot(), aclosing(OpenRemoteFile(self._upstream, self._url)) as opened:
-            await opened.begin(request)
-            yield opened
+        with await self._upstream.slots.take():
+            opened = OpenRemoteFile(self._upstream, self._url)
+            try:
+                await opened.begin(request)
+                yield opened
+            finally:
+                await opened.aclose()
 
 
 class OpenRemoteFile:
@@ -179,7 +184,7 @@ class OpenRemoteFile:
         if not self.metadata.is_pinned:
             body.max_skip = math.inf  # only this answer is known to be of one version
 
-    async def _ask(self, method: str, fields: Mapping[str, str]) -> tuple[Any, Answer]:
+    async def _ask(self, method: str, fields: Mapping[str, str]) -> tuple[Response | HttpxResponse, Answer]:
         """Return the response of the upstream, with its body unread, and its head.
 
         If an upstream refuses something it could have ignored, a plain GET is sent. Then we evaluate the conditions and
@@ -189,7 +194,7 @@ class OpenRemoteFile:
         answer = _answer_of(response, fields)
         if not is_refusal(answer):
             return response, answer
-        await settle(response)
+        await response.settle()
         response = await self._upstream.send("GET", self._url, {})
         return response, _answer_of(response, {})
 
@@ -215,6 +220,11 @@ class OpenRemoteFile:
         assert self._body is not None
         return self._body.answer.received
 
+    def arrived(self, span: ByteRange) -> bytes | None:
+        """See `Arriving`."""
+        body = self._body
+        return None if body is None or not body.has_content else body.arrived(span)
+
     async def stream(self, span: ByteRange | None) -> AsyncIterator[bytes]:
         """Yield the bytes of the span, undecoded: from the open answer if it has them, else from a new one.
 
@@ -223,23 +233,18 @@ class OpenRemoteFile:
         """
         if span is None and self.metadata.size is not None:
             span = ByteRange(0, self.metadata.size)
-        try:
-            while True:
-                if self._body is None or not self._body.leads_to(span, partly=self.metadata.is_pinned):
-                    self._body = await self._reopened(span)
-                body, piece = self._body, span
-                if span is not None and body.stop is not None and body.stop < span.stop:
-                    piece = ByteRange(span.start, body.stop)
-                async with aclosing(body.read(piece)) as chunks:
-                    async for chunk in chunks:
-                        yield chunk
-                if span is None or piece is None or piece.stop == span.stop or body.position < piece.stop:
-                    return
-                span = ByteRange(piece.stop, span.stop)
-        except Exception as exc:
-            if error := client_error(exc):
-                raise error from exc
-            raise
+        while True:
+            if self._body is None or not self._body.leads_to(span, partly=self.metadata.is_pinned):
+                self._body = await self._reopened(span)
+            body, piece = self._body, span
+            if span is not None and body.stop is not None and body.stop < span.stop:
+                piece = ByteRange(span.start, body.stop)
+            async with aclosing(body.read(piece)) as chunks:
+                async for chunk in chunks:
+                    yield chunk
+            if span is None or piece is None or piece.stop == span.stop or body.position < piece.stop:
+                return
+            span = ByteRange(piece.stop, span.stop)
 
     async def _reopened(self, span: ByteRange | None) -> "_Body":
         """Return a body of the same version that has the span, or its beginning. Raises `UpstreamError`."""
@@ -273,17 +278,15 @@ class _Body:
     before a span have to be read.
     """
 
-    def __init__(self, response: Any, answer: Answer, *, ranged: bool) -> None:
+    def __init__(self, response: Response | HttpxResponse, answer: Answer, *, ranged: bool) -> None:
         self.answer = answer
         self.ranged = ranged
         self.max_skip = math.inf if ranged else NEAR
         self.position = 0
         self.stop: int | None = None
         self.has_content = answer.method != "HEAD"
-        framed = {"content-length", "transfer-encoding"}.intersection(answer.fields)
-        self.ends_with_connection = not framed and response.http_version.startswith("HTTP/1")
+        self.ends_with_connection = response.ends_with_connection
         self._response = response
-        self._chunks = response.aiter_raw()
         self._rest = b""
 
     def has(self, content: Content) -> None:
@@ -300,10 +303,19 @@ class _Body:
         stop = min(span.start + 1, span.stop) if partly else span.stop
         return 0 <= gap <= self.max_skip and (self.stop is None or stop <= self.stop)
 
+    def arrived(self, span: ByteRange) -> bytes | None:
+        """Return the bytes of the span if they are the rest of the body, and are here already."""
+        if (self.position, self.stop) != (span.start, span.stop) or self._rest:
+            return None
+        body = self._response.arrived(len(span))
+        if body is not None:
+            self.has_content = False
+        return body
+
     async def read(self, span: ByteRange | None) -> AsyncGenerator[bytes, None]:
         """Yield the bytes of the span; those before it are read and dropped."""
         while span is None or self.position < span.stop:
-            chunk = self._rest or await anext(self._chunks, b"")
+            chunk = self._rest or await self._response.read()
             self._rest = b""
             if not chunk:
                 self.has_content = False
@@ -319,10 +331,10 @@ class _Body:
 
     async def aclose(self) -> None:
         """Close the response. Its connection can be used again if little of the body is left."""
-        await settle(self._response, self._chunks)
+        await self._response.settle()
 
 
-def _answer_of(response: Any, sent: Mapping[str, str]) -> Answer:
-    fields = joined_fields(response.headers.raw)
-    method = response.request.method
-    return Answer(status=response.status_code, fields=fields, received=Received.now(fields), method=method, sent=sent)
+def _answer_of(response: Response | HttpxResponse, sent: Mapping[str, str]) -> Answer:
+    fields = response.fields
+    received = Received.now(fields)
+    return Answer(status=response.status, fields=fields, received=received, method=response.method, sent=sent)
