@@ -54,7 +54,9 @@ def test_names_and_prefixes(client: TestClient) -> None:
     assert fill(client, "a", "b/1") == ["5 a", "6 b/1"]
 
 
-@pytest.mark.parametrize("authorization", ["", f"Bearer {SECRET[:-1]}", "Bearer ", f"Basic {SECRET}", "Bearer é"])
+@pytest.mark.parametrize(
+    "authorization", ["", f"Bearer {SECRET[:-1]}", "Bearer ", f"Basic {SECRET}", "Bearer é"], ids=range(5)
+)
 def test_nobody_purges_without_a_secret(client: TestClient, authorization: str) -> None:
     fill(client, "a")
     headers = {"Authorization": authorization.encode("latin-1")} if authorization else {}
