@@ -1,4 +1,4 @@
-"""`manage.py downloadview_config`: a project passes its own check behind the proxy that has the printed configuration."""
+"""`manage.py downloadview_config`: a project passes its own check behind a proxy with the printed configuration."""
 
 import subprocess
 import sys
