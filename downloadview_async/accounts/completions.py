@@ -206,7 +206,7 @@ class Completions:
 
 
 def _check_descriptors() -> None:
-    """Raise `OSError` if there are no descriptors for an event loop: asyncio would print an error of its own, too."""
+    """Raise `OSError` if there are no descriptors for an event loop: asyncio would print an error, too."""
     held: list[int] = []
     try:
         for _ in range(2):

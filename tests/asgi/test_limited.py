@@ -120,7 +120,7 @@ async def test_quotas(files: Path, server: Any, way: str) -> None:
     async with live(limited(files, limits), http=server) as port:
         async with held(port, f"/{way}/large.bin") as begun:
             await begun.reader.readuntil(b"\r\n\r\n")
-            await begun.reader.readexactly(1 << 16)  # one of which nothing is taken is no download
+            await begun.reader.readexactly(1 << 16)  # a download of which nothing was taken does not count
             assert (await ask(port, f"/{way}/small.bin")).body.endswith(b"at most 12.6MB per day")
         await until_it_is(port, 200, f"/{way}/small.bin")  # what was not sent is given back
         statuses = [(await ask(port, f"/{way}/small.bin")).status for _ in range(4)]
