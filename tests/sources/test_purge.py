@@ -4,8 +4,10 @@ import asyncio
 import os
 import subprocess
 import sys
+import threading
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import pytest_asyncio
@@ -120,6 +122,52 @@ async def test_a_revalidation_that_began_before_puts_nothing_back(origin: Origin
         await served.source.purge("a.bin")
         assert await served.cache.renew(served.source.name, "a.bin", kept.entry) is None
         assert (served.source.name, "a.bin") not in served.cache.kept
+
+
+@pytest.mark.parametrize("is_filled", [False, True])
+async def test_a_look_into_the_directory_that_is_overtaken(
+    origin: Origin, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_filled: bool
+) -> None:
+    """A file that was kept during the look is not fetched again, and one that was purged is not sent."""
+    async with serving(remote(origin), tmp_path, max_age=3600) as served:
+        if is_filled:
+            await filled(served, *["a.bin"] * 3)  # so that it is kept open
+            served.cache.kept.clear()  # so that the next request looks
+        looked, overtaken = asyncio.Event(), threading.Event()
+        loop, gates = asyncio.get_running_loop(), [overtaken]
+
+        def hold() -> None:
+            if gates:
+                gate = gates.pop()
+                loop.call_soon_threadsafe(looked.set)
+                assert gate.wait(30)
+
+        open_, utime = os.open, os.utime
+
+        def slow_open(path: str, *arguments: Any, **options: Any) -> int:
+            try:
+                return open_(path, *arguments, **options)
+            except FileNotFoundError:
+                hold()
+                raise
+
+        def slow_utime(*arguments: Any, **options: Any) -> None:
+            utime(*arguments, **options)
+            hold()
+
+        monkeypatch.setattr(os, "open", slow_open)
+        monkeypatch.setattr(os, "utime", slow_utime)
+        first = asyncio.create_task(served.get())
+        await looked.wait()
+        if is_filled:
+            assert await served.source.purge("a.bin") == 1
+            origin.content, origin.headers[0] = BIG[::-1], 'ETag: "v2"'
+        else:
+            await filled(served, "a.bin")
+        overtaken.set()
+        assert (await first).body == origin.content
+        assert (await served.get()).body == origin.content
+        assert len(origin.requests) == (2 if is_filled else 1)
 
 
 async def test_another_process_learns_of_it_at_once(origin: Origin, served: Served) -> None:

@@ -29,7 +29,7 @@ from downloadview_async.sources.cache.entry import Entry, key_hash
 from downloadview_async.sources.cache.files import Part, protect
 from downloadview_async.sources.cache.fill import Fill
 from downloadview_async.sources.cache.freshness import stale_seconds
-from downloadview_async.sources.cache.purges import Purge
+from downloadview_async.sources.cache.purges import Position, Purge
 from downloadview_async.sources.local.open_file import OpenLocalFile
 from downloadview_async.sources.local.open_file_cache import OpenFileCache
 from downloadview_async.sources.local.root import Opened
@@ -261,9 +261,12 @@ class Cache:
         if kept is not None and time.monotonic() - kept.checked < _CHECK_SECONDS:
             return kept
         self._sweep_if_due()
-        is_leased, now = self._is_offloaded, time.monotonic()
+        is_leased, now, position = self._is_offloaded, time.monotonic(), self.directory.purges.position()
         entry = await self._attempt(partial(self.directory.find, source, key, lease=is_leased))
-        if entry is not None:
+        newer = self.kept.get((source, key))
+        if newer is not None and newer is not kept:  # it was kept during the look, which may have missed it
+            return newer
+        if entry is not None and not self._is_purged(source, key, since=position):
             return self.remember(source, key, entry, leased=now if is_leased else _NEVER)
         self.kept.pop((source, key), None)
         return None
@@ -308,6 +311,10 @@ class Cache:
         for fill in list(self._running):
             if is_purged(fill.source, fill.key):
                 fill.purge()
+
+    def _is_purged(self, source: str, key: str, *, since: Position) -> bool:
+        purges = self.directory.purges.since(since)
+        return purges is None or any(purge.covers(source, key) for purge in purges)
 
     def staleness(self, kept: Kept) -> StaleUse | None:
         """Return why a file that is not fresh may be sent without waiting for the source; None if it may not."""
