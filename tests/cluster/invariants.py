@@ -179,14 +179,13 @@ def _check_links(findings: Findings, world: World, excuses: Excuses, by_agent: d
             "once only: somebody", bool(winners) or not _all_tried(link.tries, excuses), [*map(str, link.tries)]
         )
         wholes = [one for one in link.tries if one.result == "complete"]
-        # the end of a download that a killed process had no time to write, or that Redis was not there for: the same
-        # client, and no other one, may go on with its session
+        # the end of a download that a killed process had no time to write: the same client, and no other one, may go on
+        # with its session
         unwritten = any(
             excuses.unwritten(line, one.attempts[0].begun, one.attempts[-1].ended)
             for one in wholes
             for line in by_agent.get(one.agent, ())
         )
-        unwritten = unwritten or any(excuses.refused(one.kind, one.attempts[-1]) for one in wholes)
         findings.check("once only: one whole file", len(wholes) <= 1 or unwritten, [*map(str, link.tries)])
         again += len(wholes) > 1 and unwritten
     if again:

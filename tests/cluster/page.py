@@ -115,8 +115,6 @@ These are not broken checks, but limits that the runs have shown:
   1.90 seconds. In later runs on the same busy machine, `kill-9` cut one and `haproxy-kill-9` cut three, with their
   next bytes within 4.80 and 3.72 seconds, and their last bytes within 9.94 and 7.98 seconds. These times begin with
   the kill, so they contain what the client still takes from the buffers before it notices.
-- While Redis is gone, the end of a download by a link is not noted. The same client can then download the file again
-  until its session ends by its time. No other client can.
 - A replica that hung may answer after nginx has left it: two replicas then have a line about one request.
 - When other programs of the machine leave the kernel no memory for TCP, connections are reset. A scenario with a broken
   check is then repeated.

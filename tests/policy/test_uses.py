@@ -7,10 +7,11 @@ from collections.abc import Sequence
 from datetime import timedelta
 from typing import Any
 
+import anyio
 import pytest
 
 import downloadview_async as dv
-from downloadview_async.http.metadata import FileMetadata
+from downloadview_async.http.metadata import ByteRange, FileMetadata
 from downloadview_async.policy.uses import USE, Use, client_network
 from tests.redis_server import RedisServer
 
@@ -248,3 +249,32 @@ async def test_redis_stops_and_is_back(redis: RedisServer, when_store_fails: Any
     assert await is_claimed(one, link, "203.0.113.7"), "this server keeps nothing on its disk"
     assert not await is_claimed(one, link, "203.0.113.8")
     await store.aclose()
+
+
+class FailingForAWhile(dv.MemoryGrantStore):
+    """A store whose server is gone for some notes."""
+
+    def __init__(self, failures: int) -> None:
+        super().__init__()
+        self.failures = failures
+
+    async def note(self, *arguments: Any) -> None:
+        if self.failures:
+            self.failures -= 1
+            raise ConnectionError("the server is gone")
+        await super().note(*arguments)
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize("when_store_fails", ["refuse", "allow"])
+async def test_what_was_sent_while_the_store_was_gone_is_noted_later(when_store_fails: Any) -> None:
+    one = signer(FailingForAWhile(3), when_store_fails=when_store_fails)
+    link = one.sign("/a", uses=1)
+    use = await use_of(one, link)
+    await use.claim(FILE, wants_all=True)
+    await use.note(ByteRange(0, 4))
+    await use.note(ByteRange(4, 10))
+    assert await is_claimed(one, link), "the session goes on"
+    with anyio.fail_after(30):
+        while await is_claimed(one, link):  # the same client, whose download is complete
+            await asyncio.sleep(0.05)

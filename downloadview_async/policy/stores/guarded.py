@@ -1,8 +1,9 @@
 """`GuardedStore`: a store with a deadline for its answers. If it fails, requests are refused or allowed."""
 
-import contextlib
+import asyncio
 import logging
 import time
+from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, Literal, TypeVar
 
@@ -21,6 +22,8 @@ WhenStoreFails = Literal["refuse", "allow"]
 T = TypeVar("T")
 
 _LOGGED_EVERY = 60.0  # seconds
+_NOTED_EVERY = 1.0  # seconds between two tries to note what a store that failed does not have
+_MOST_OWED = 10_000  # notes
 
 
 class GuardedStore:
@@ -42,6 +45,8 @@ class GuardedStore:
         self.counts = {"used": 0, "used-up": 0, "store-failed": 0}
         self.notes: dict[DownloadSession, list[anyio.Event]] = {}
         """The notes that this process is writing now, by the session."""
+        self._owed: deque[tuple[DownloadSession, ByteRange, int]] = deque(maxlen=_MOST_OWED)
+        self._paying: asyncio.Task[None] | None = None
 
     @property
     def redis(self) -> RedisGrantStore | None:
@@ -94,10 +99,29 @@ class GuardedStore:
                 raise LinkInvalid(f"the link {ride.revocable[0]}, or its key, is revoked") from None
 
     async def note(self, session: DownloadSession, span: ByteRange, size: int, *, ride: Ride | None = None) -> None:
-        """Note a part of the file that was sent. If that fails, the session ends by its time."""
+        """Note a part of the file that was sent. If that fails, it is tried again as long as this process runs."""
         options: dict[str, Any] = {} if ride is None else {"ride": ride}
-        with contextlib.suppress(SourceUnavailable):  # it is logged, and the file has left
-            await self._ask(lambda: self._store.note(session, span, size, **options), None)
+        try:
+            await self._ask(lambda: self._store.note(session, span, size, **options), None, is_allowed=False)
+        except SourceUnavailable:  # it is logged, and the file has left
+            self._owed.append((session, span, size))
+            if self._paying is None or self._paying.get_loop() is not asyncio.get_running_loop():
+                self._paying = asyncio.create_task(self._note_owed())
+
+    async def _note_owed(self) -> None:
+        """Note what the store does not have as soon as it answers again, so that its sessions end."""
+        while self._owed:
+            await asyncio.sleep(_NOTED_EVERY)
+            while self._owed:
+                note = self._owed[0]
+                try:
+                    with anyio.fail_after(self._timeout):
+                        await self._store.note(*note)
+                except Exception:  # whatever the library of the store raises: it fails still
+                    break
+                if self._owed and self._owed[0] is note:
+                    self._owed.popleft()
+        self._paying = None
 
     async def revoke(self, identifier: str, until: float | None) -> None:
         """Revoke a link or a key. Raises `SourceUnavailable` if the store fails, whatever is allowed then."""
