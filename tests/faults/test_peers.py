@@ -61,6 +61,7 @@ def test_peers_that_stop_die_and_come_back(tmp_path: Path) -> None:
         link = signed(tmp_path)
         assert statuses(running, link) == [200]
         assert running.round() == RIGHT, running.server.log
+        eventually(lambda: any("accounts.db" in path for path in running.descriptors()), lambda: running.server.log)
         before = running.descriptors()
 
         # the store of links and limits hangs: links cannot be checked, all else is not limited

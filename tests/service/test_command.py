@@ -72,7 +72,7 @@ def test_no_short_help_is_cut(width: str) -> None:
         ("gone", "No such command 'gone'."),
         ("help", "No such command 'help'. Write: downloadview --help"),
         ("version", "No such command 'version'. Write: downloadview --version"),
-        ("config", "Missing argument 'PROXY'. Choose from: nginx, apache"),
+        ("config", "Missing argument 'PROXY'. Choose from: nginx, haproxy"),
     ],
 )
 def test_what_a_newcomer_writes_instead(
