@@ -109,6 +109,12 @@ class Connection(Protocol):
     def when_half_closed(self, callback: Callable[[], None] | None) -> None:
         """Call `callback` when the client closes its side of the connection, or now if it has; None: call nothing."""
 
+    def tells_what(self, receive: Receive) -> bool:
+        """Return whether `when_lost` tells of everything of which `receive` does.
+
+        It does not if middleware has replaced `receive`, or if other code of the same request uses `when_lost`.
+        """
+
     def when_lost(self, callback: Callable[[], None]) -> None:
         """Call `callback`, instead of an earlier one, when the connection is lost, or now if it is."""
 

@@ -14,7 +14,7 @@ from starlette.types import Message, Receive, Scope, Send
 from downloadview_async.accounts.facts import ACCOUNT, Facts, request_id_of
 from downloadview_async.accounts.listeners import tell
 from downloadview_async.accounts.outcome import Listener
-from downloadview_async.asgi.accounts import Account, hold_accounts
+from downloadview_async.asgi.accounts import Account, Connection, hold_accounts
 from downloadview_async.asgi.answer import Answer, RawHeaders, age_of, answer_to, is_reserved, raw, text_of
 from downloadview_async.asgi.deadline import in_time
 from downloadview_async.asgi.delivery import (
@@ -206,8 +206,8 @@ class DownloadResponse(Response):
     def _answer_or_leave(self, scope: Scope, receive: Receive, send: Send) -> Awaitable[None]:
         """Answer with all the time that it takes, or until the client leaves."""
         work = partial(self._answer_or_error, scope)
-        connection = (scope.get("extensions") or {}).get(CONNECTION)
-        if connection is None or has_body(scope):
+        connection: Connection | None = (scope.get("extensions") or {}).get(CONNECTION)
+        if connection is None or has_body(scope) or not connection.tells_what(receive):
             return until_the_client_leaves(work, receive, send)
         return until_the_connection_is_lost(work, connection, send)
 
@@ -367,12 +367,19 @@ class DownloadResponse(Response):
         if facts is not None:
             facts.describe(self.file.name, metadata.etag, metadata.size)
         later: SendLater | None = extensions.get(SEND_LATER)
-        if later is not None and receive is not None and type(delivery) is Descriptor and self._may_send_later(scope):
+        if receive is None or type(delivery) is not Descriptor or not self._may_send_later(scope):
+            later = None
+        elif later is not None:
             delivery.later = later
-        if TRANSFERS in scope:
-            await deliver_limited(delivery, start, send, scope=scope, receive=receive, facts=facts)
-        else:
-            await deliver(delivery, start, send, receive=receive, facts=facts)
+        try:
+            if TRANSFERS in scope:
+                await deliver_limited(delivery, start, send, scope=scope, receive=receive, facts=facts)
+            else:
+                await deliver(delivery, start, send, receive=receive, facts=facts)
+        except BaseException:
+            if later is not None:
+                later.drop()
+            raise
         if later is not None and later.is_used:
             if TRANSFERS in scope:
                 later.contexts += (scope[TRANSFERS].last(),)

@@ -5,7 +5,7 @@ wait, too, with the requests and responses that they know: a third of the memory
 """
 
 from collections.abc import Awaitable, Sequence
-from contextlib import AbstractContextManager, suppress
+from contextlib import AbstractContextManager, ExitStack, suppress
 from types import TracebackType
 from typing import Any, Protocol, Self
 
@@ -78,6 +78,13 @@ class SendLater:
         message, self._message = self._message, None
         return self._answer.send_now(message)
 
+    def drop(self) -> None:
+        """Give the file back, which is not sent: the answer has failed after it was left here."""
+        message, self._message = self._message, None
+        self.is_used, self._answer = False, None
+        if message is not None:
+            message["descriptor"].give_back(0)
+
     def __enter__(self) -> Self:
         return self
 
@@ -94,8 +101,13 @@ class SendLater:
         elif accounts and isinstance(exc, Exception):
             with suppress(TypeError):  # as `Accounts` does
                 exc.add_note(f"request {accounts[-1].request_id}")
-        for context in contexts:
-            context.__exit__(kind, exc, trace)
-        for account in accounts:
-            account.is_held = False
-            account.leave(exc)
+        with ExitStack() as stack:  # whatever fails, all of them end; the last one that is pushed ends first
+            for account in reversed(accounts):
+                stack.callback(_leave, account, exc)
+            for context in reversed(contexts):
+                stack.callback(context.__exit__, kind, exc, trace)
+
+
+def _leave(account: Waiting, exc: BaseException | None) -> None:
+    account.is_held = False
+    account.leave(exc)

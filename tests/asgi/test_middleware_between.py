@@ -286,3 +286,29 @@ async def test_what_a_middleware_raises_out_of_send_reaches_it(root: Path, at: s
 def _types(answer: Any, at: str, name: str, extensions: dict[str, Any]) -> set[str]:
     by_path = name == "big.bin" and bool(extensions)
     return {"http.response.start", "http.response.pathsend" if by_path else "http.response.body"}
+
+
+async def test_an_answer_in_place_of_a_download_ends_it(root: Path) -> None:
+    """Middleware that makes `http.disconnect` ends the reading of the source as a client that leaves does."""
+    blocks, ended = 0, asyncio.Event()
+
+    async def make(name: str) -> dv.VirtualFile:
+        async def content() -> AsyncIterator[bytes]:
+            nonlocal blocks
+            try:
+                for _ in range(16_384):
+                    blocks += 1
+                    yield bytes(1 << 16)
+            finally:
+                ended.set()
+
+        return dv.VirtualFile(content(), name=name)
+
+    app = application(root, Middleware(BaseHTTPMiddleware, dispatch=_refused), source=dv.VirtualSource(make))
+    async with live(app, http=DownloadProtocol) as port:
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.write(b"GET /made.bin HTTP/1.1\r\nHost: x\r\n\r\n")
+        assert (await reader.readuntil(b"Forbidden")).startswith(b"HTTP/1.1 403 ")
+        await asyncio.wait_for(ended.wait(), 30)  # while the client stays
+        writer.close()
+    assert blocks < 100

@@ -7,7 +7,7 @@ import os
 import socket
 import weakref
 from collections.abc import Callable
-from contextlib import asynccontextmanager
+from contextlib import ExitStack, asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -206,6 +206,26 @@ async def test_an_application_that_fails_afterwards_sends_nothing(
     await is_closed(big)
 
 
+@pytest.mark.parametrize("limits", [None, dv.Limits(concurrent=1)])
+async def test_an_answer_that_fails_after_its_file_was_left_is_not_sent(big: Path, limits: dv.Limits | None) -> None:
+    async def failing(scope: Scope, receive: Receive, send: Send) -> None:
+        async def fail_at_the_end(message: Any) -> None:
+            await send(message)
+            if message["type"] == "http.response.pathsend":
+                raise ValueError("this middleware fails")
+
+        with suppress(ValueError):
+            await limited(big, limits)(scope, receive, fail_at_the_end)
+
+    app = Outermost(failing)
+    async with live(app, http=DownloadProtocol) as port:
+        answer = await ask(port, "/big.bin")
+        outcome = await app.outcome()
+    assert (answer.status, answer.body, answer.complete) == (200, b"", False)
+    assert (outcome.result, outcome.reason, outcome.sent) == ("aborted", "failed", 0)
+    await is_closed(big)
+
+
 async def test_what_follows_an_answer_follows_its_end(big: Path) -> None:
     events: list[str] = []
     app = Outermost(of(big, background=BackgroundTask(lambda: events.append("task"))))
@@ -218,7 +238,7 @@ async def test_what_follows_an_answer_follows_its_end(big: Path) -> None:
     assert app.was_used == [False]
 
 
-def limited(path: Path, limits: dv.Limits) -> dv.Download:
+def limited(path: Path, limits: dv.Limits | None) -> dv.Download:
     return dv.Download(dv.PathSource(path.parent), key=lambda request: path.name, limits=limits)
 
 
@@ -335,3 +355,19 @@ async def test_a_connection_that_has_ended_leaves_nothing_to_the_garbage_collect
                     await asyncio.sleep(0.01)
     finally:
         gc.enable()
+
+
+async def test_everything_ends_if_the_end_of_something_fails() -> None:
+    ended: list[str] = []
+
+    class Left:
+        request_id, is_held = "1", True
+
+        def leave(self, exc: BaseException | None = None) -> None:
+            ended.append("account")
+
+    with pytest.raises(ZeroDivisionError), ExitStack() as first, ExitStack() as second, SendLater({}) as later:
+        first.callback(lambda: 1 // 0)
+        second.callback(ended.append, "lease")
+        later.contexts, later.accounts = (first.pop_all(), second.pop_all()), [Left()]
+    assert ended == ["lease", "account"]

@@ -909,6 +909,10 @@ class DownloadProtocol(HttpToolsProtocol):
         if callback is not None and self._is_half_closed:
             callback()
 
+    def tells_what(self, receive: Any) -> bool:
+        """See `Connection` in `asgi.accounts`."""
+        return self._on_loss is None and bool(receive == self._cycle.receive)
+
     def when_lost(self, callback: Callable[[], None]) -> None:
         """Call `callback`, instead of an earlier one, when the connection is lost, or now if it is."""
         self._on_loss = callback
