@@ -306,10 +306,57 @@ async def test_where_a_redirect_leads(location: str, target: str) -> None:
     "location", ["http://[", "http://", "http://a b/", "http://127.0.0.1:x/", "http://127.0.0.1:99999/"]
 )
 async def test_a_location_that_is_not_a_url(location: str) -> None:
-    server = Server(b"HTTP/1.1 302 X\r\nLocation: %s\r\nContent-Length: 0\r\n\r\n" % location.encode())
+    server = Server(b"HTTP/1.1 302 X\r\nLocation: %s\r\nContent-Length: 1000000\r\n\r\n" % location.encode())
     async with served(server) as client:
-        with pytest.raises(UpstreamError):
+        with pytest.raises(UpstreamError) as error:
             await fetch(client, server.port)
+        await asyncio.wait_for(server.closed.wait(), 10)
+    assert error.value.status == 502
+
+
+# The examples of RFC 3986 5.4. Those whose path has parameters are for paths here, where `;` is a letter.
+@pytest.mark.parametrize(
+    "location, target",
+    {
+        "g": "/b/c/g",
+        "./g": "/b/c/g",
+        "g/": "/b/c/g/",
+        "/g": "/g",
+        "?y": "/b/c/d;p?y",
+        "g?y": "/b/c/g?y",
+        "#s": "/b/c/d;p?q",
+        "g#s": "/b/c/g",
+        ";x": "/b/c/;x",
+        "": "/b/c/d;p?q",
+        ".": "/b/c/",
+        "./": "/b/c/",
+        "..": "/b/",
+        "../g": "/b/g",
+        "../..": "/",
+        "../../g": "/g",
+        "../../../g": "/g",
+        "/./g": "/g",
+        "/../g": "/g",
+        "g.": "/b/c/g.",
+        ".g": "/b/c/.g",
+        "g..": "/b/c/g..",
+        "./../g": "/b/g",
+        "./g/.": "/b/c/g/",
+        "g/./h": "/b/c/g/h",
+        "g/../h": "/b/c/h",
+        "g;x=1/../y": "/b/c/y",
+        "g?y/../x": "/b/c/g?y/../x",
+        "g//h": "/b/c/g//h",
+    }.items(),
+)
+async def test_where_a_location_leads(location: str, target: str) -> None:
+    joined = parse_url("http://a/b/c/d;p?q").joined(location)
+    assert (joined.origin, joined.target) == (("http", "a", 80), target)
+
+
+@pytest.mark.parametrize("location, target", [("d", "/a//b/d"), ("../d", "/a//d"), ("../../d", "/a/d")])
+async def test_empty_segments_stay(location: str, target: str) -> None:
+    assert parse_url("http://a/a//b/c").joined(location).target == target
 
 
 @pytest.mark.parametrize(
@@ -322,6 +369,8 @@ async def test_a_location_that_is_not_a_url(location: str) -> None:
         ("http://127\u30020\u30020\u30021/", "127.0.0.1", None, "/"),
         ("http://files.test/a/../b/./c", "files.test", None, "/b/c"),
         ("http://files.test/.a/..b", "files.test", None, "/.a/..b"),
+        ("http://files.test//public/a/.x", "files.test", None, "//public/a/.x"),
+        ("http://files.test//[x/.b", "files.test", None, "//[x/.b"),
         ('http://files.test/a b"<>', "files.test", None, "/a%20b%22%3C%3E"),
     ],
 )

@@ -85,7 +85,11 @@ class Client:
             response = await self._answer(method, place, fields, deadline)
             if response.status not in _REDIRECTS or "location" not in response.fields:
                 return response
-            following = place.joined(response.fields["location"])
+            try:
+                following = place.joined(response.fields["location"])
+            except UpstreamError:
+                await response.aclose()
+                raise
             if not _is_same_server(place, following):
                 fields = {name: value for name, value in fields.items() if name not in _FOR_ONE_SERVER}
             place = following

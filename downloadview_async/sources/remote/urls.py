@@ -5,7 +5,7 @@ import re
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
-from urllib.parse import quote, urljoin, urlsplit
+from urllib.parse import quote, urlsplit
 
 from downloadview_async.errors import UpstreamError
 
@@ -44,9 +44,21 @@ class UpstreamURL:
         with suppress(UnicodeError):
             location = location.encode("latin-1").decode()  # some servers send UTF-8
         try:
-            return parse_url(urljoin(f"{self.scheme}://{self.authority}{self.target}", location))
+            reference = urlsplit(location)
         except ValueError as exc:
             raise UpstreamError(f"{location[:1000]!r} is not a URL: {exc}") from exc
+        if reference.scheme:
+            return parse_url(location)
+        if reference.netloc:
+            return parse_url(f"{self.scheme}:{location}")
+        path, _, query = self.target.partition("?")
+        if reference.path or reference.query:
+            query = reference.query
+        if reference.path.startswith("/"):
+            path = reference.path
+        elif reference.path:
+            path = f"{path.rpartition('/')[0]}/{reference.path}"
+        return parse_url(f"{self.scheme}://{self.authority}{path}?{query}")
 
 
 @lru_cache(maxsize=1024)
@@ -59,9 +71,22 @@ def parse_url(url: str) -> UpstreamURL:
             ipaddress.ip_address(host.partition("%")[0])
     except ValueError as exc:
         raise UpstreamError(f"{url[:1000]!r} is not the URL of a server: {exc}") from exc
-    path = urlsplit(urljoin(url, parts.path)).path if "/." in parts.path else parts.path
+    path = _without_dot_segments(parts.path) if "/." in parts.path else parts.path
     target = quote(f"{path or '/'}?{parts.query}" if parts.query else path or "/", safe=_AS_IT_IS)
     return UpstreamURL(parts.scheme, host, port, target, userinfo="@" in parts.netloc)
+
+
+def _without_dot_segments(path: str) -> str:
+    """Return a path without its segments `.` and `..` [RFC 3986 5.2.4]. Empty segments stay, unlike with `urljoin`."""
+    segments: list[str] = []
+    for segment in path.split("/")[1:]:
+        if segment == ".." and segments:
+            segments.pop()
+        if segment not in (".", ".."):
+            segments.append(segment)
+    if path.endswith(("/.", "/..")):
+        segments.append("")
+    return f"/{'/'.join(segments)}"
 
 
 def ascii_host(host: str) -> str:
