@@ -2,6 +2,7 @@
 
 import asyncio
 import re
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from datetime import timedelta
@@ -12,6 +13,7 @@ from urllib.parse import parse_qs, urlsplit
 import pytest
 
 import downloadview_async as dv
+from downloadview_async.policy.stores.base import DownloadSession
 from downloadview_async.service.app import build
 from downloadview_async.service.config_loader import load_settings
 from tests.accounts.test_completions import postgres as postgres
@@ -115,12 +117,23 @@ async def test_a_revoked_link_is_refused_and_costs_no_quota(
 
 
 @pytest.mark.asyncio
-async def test_a_request_that_a_limit_refuses_uses_no_link_up(tmp_path: Path, redis: RedisServer) -> None:
+@pytest.mark.parametrize("knows_one_script", [False, True])
+async def test_a_request_that_a_limit_refuses_uses_no_link_up(
+    tmp_path: Path, redis: RedisServer, knows_one_script: bool
+) -> None:
     app = app_of(tmp_path, redis.url, 'requests = "1/hour"\nquota = ["9GB/day"]\n')
+    net = f"127.0.3{int(knows_one_script)}"
     async with served(app) as port:
         once = link()
-        assert await status_of(port, link(), "127.0.3.1") == 200
-        statuses = [await status_of(port, once, f"127.0.3.{number}") for number in (1, 2, 3)]
+        assert await status_of(port, link(), f"{net}.1") == 200
+        if knows_one_script:  # as when the server was started again, and a link was used without limits since then
+            await call(redis.url, "SCRIPT FLUSH")
+            store = dv.RedisGrantStore(redis.url)
+            session = DownloadSession(link_id="another", client=f"{net}.1", version="1")
+            now = time.time()
+            assert await store.claim(session, uses=1, wants_all=True, now=now, ends=now + 60, until=now + 60)
+            await store.aclose()
+        statuses = [await status_of(port, once, f"{net}.{number}") for number in (1, 2, 3)]
         assert statuses == [429, 200, 410]
 
 
