@@ -1,4 +1,4 @@
-"""A real Redis or Valkey server, which keeps nothing on a disk. Where none is installed, its tests are skipped."""
+"""A real Redis or Valkey server. Where none is installed, its tests are skipped."""
 
 import contextlib
 import importlib.util
@@ -24,11 +24,12 @@ def program() -> str:
 
 
 class RedisServer:
-    """A server that can be stopped, and started again with nothing in it."""
+    """A server that can be stopped, and started again. keeps: whether it has what it had then."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, *, keeps: bool = False) -> None:
         self._program = program()
         self._directory = directory
+        self._keeps = keeps
         self.port = free_port()
         self.url = f"redis://127.0.0.1:{self.port}/0"
         self._process: subprocess.Popen[bytes] | None = None
@@ -36,6 +37,7 @@ class RedisServer:
     def start(self) -> None:
         """Start the server, and return when it answers."""
         options = ["--port", str(self.port), "--bind", "127.0.0.1", "--save", "", "--dir", str(self._directory)]
+        options += ["--appendonly", "yes"] if self._keeps else []
         self._process = subprocess.Popen([self._program, *options], stdout=subprocess.DEVNULL)
         deadline = time.monotonic() + 20
         while True:
@@ -60,9 +62,9 @@ class RedisServer:
 
 
 @contextlib.contextmanager
-def redis_server(directory: Path) -> Iterator[RedisServer]:
+def redis_server(directory: Path, *, keeps: bool = False) -> Iterator[RedisServer]:
     """Give a server that runs until the context ends."""
-    server = RedisServer(directory)
+    server = RedisServer(directory, keeps=keeps)
     server.start()
     try:
         yield server

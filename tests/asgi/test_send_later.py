@@ -366,8 +366,10 @@ async def test_everything_ends_if_the_end_of_something_fails() -> None:
         def leave(self, exc: BaseException | None = None) -> None:
             ended.append("account")
 
-    with pytest.raises(ZeroDivisionError), ExitStack() as first, ExitStack() as second, SendLater({}) as later:
-        first.callback(lambda: 1 // 0)
-        second.callback(ended.append, "lease")
-        later.contexts, later.accounts = (first.pop_all(), second.pop_all()), [Left()]
+    later, failing, lease = SendLater({}), ExitStack(), ExitStack()
+    failing.callback(lambda: 1 // 0)
+    lease.callback(ended.append, "lease")
+    later.contexts, later.accounts = (failing, lease), [Left()]
+    with pytest.raises(ZeroDivisionError):
+        later.__exit__(None, None, None)
     assert ended == ["lease", "account"]
