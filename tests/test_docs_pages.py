@@ -27,6 +27,8 @@ for (const part of document.querySelectorAll("article span[class], article code"
     if (!part.childElementCount && counts.get(kind) > 3) part.replaceWith(part.textContent);
 }
 [...document.querySelectorAll("article dl.py")].slice(20).forEach((entry) => entry.remove());
+document.querySelectorAll("article tbody").forEach((body) => [...body.rows].slice(5).forEach((row) => row.remove()));
+document.querySelectorAll("article ul").forEach((list) => [...list.children].slice(8).forEach((item) => item.remove()));
 })()"""
 CHECK = """axe.run(%s, {resultTypes: ["violations"]}).then(({violations}) => violations.map((violation) =>
     violation.id + ": " + violation.nodes.map((node) => node.html.slice(0, 200)).join(" | ")))"""
@@ -62,16 +64,19 @@ def problems_of(browser: Chromium, page: str) -> list[str]:
     problems = []
     if browser.evaluate(BLOCKS) != browser.evaluate(BUTTONS):
         problems.append(f"{page}: blocks without a button that copies them")
-    browser.evaluate(THIN)
-    browser.evaluate(AXE)
-    for width, is_dark in ((320, True), (1600, False)):
+    windows = ((320, True), (1600, False))
+    for width, is_dark in windows:
         browser.look(width, is_dark=is_dark)
-        what = "document" if page == "index.html" else WITHOUT_MENUS
-        problems += [f"{page}, {width}: {text}" for text in browser.evaluate(CHECK % what)]
         if (wide := browser.evaluate(WIDTH)) > width:
             problems.append(f"{page}: {wide} pixels in a window of {width}")
         if page == "index.html" and browser.evaluate(LINES_OF_TITLE) != 1:
             problems.append(f"{page}, {width}: the title breaks")
+    browser.evaluate(THIN)
+    browser.evaluate(AXE)
+    for width, is_dark in windows:
+        browser.look(width, is_dark=is_dark)
+        what = "document" if page == "index.html" else WITHOUT_MENUS
+        problems += [f"{page}, {width}: {text}" for text in browser.evaluate(CHECK % what)]
     return problems
 
 
