@@ -13,11 +13,12 @@ from downloadview_async.service.plan.page import amount_text
 PAGE = Path(__file__).parent.parent / "docs" / "performance" / "costs.md"
 SHOWN = {
     *((row, figure) for row in ("serve-2", "serve-reuse-2") for figure in ("cpu_workers", "balance")),
+    *((row, "cpu_shared") for row in ("serve-nginx", "nginx", "nginx-tls")),
     *((row, "cpu_10k") for row in ("serve", "serve-redirect")),
     ("serve-redirect-2", "cpu_workers"),
     *NEEDED,
 }
-"""What plans need, and what the page shows besides."""
+"""The rows and figures that plans need, and those that only the page shows."""
 
 _DIGITS = 4  # more would only say how often the machine was interrupted
 _MACHINE = Machine(cores=8, memory=32e9, network=25e9 / 8, descriptors=65_536, use=0.7)

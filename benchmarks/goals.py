@@ -131,7 +131,7 @@ PRODUCT = [
     ),
     _at_most("Redis operations of a download with link and limits", ("redis_ops", "shared-both"), None, 4),
 ]
-"""What `downloadview serve` has to reach, as people run it."""
+"""Goals for `downloadview serve` with its default settings."""
 
 LIBRARY = [
     _at_most(

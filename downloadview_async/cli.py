@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import json
+import math
 import os
 import re
 import secrets
@@ -48,6 +49,14 @@ _WAYS = ["zero-copy", "chunks", "nginx", "cache", "remote", "redirect"]
 _PROGRAM = "downloadview"
 _LOOPBACK = ("127.0.0.1", "::1", "localhost")
 _STARTUP_FAILURE = 3  # the exit status of uvicorn: trying again may help
+
+
+class _Finite(click.FloatRange):
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        number = super().convert(value, param, ctx)
+        if not math.isfinite(number):  # nan is in each range
+            self.fail(f"{value} is not a finite number", param, ctx)
+        return number
 
 
 class _Served(click.Path):
@@ -270,7 +279,7 @@ serve.params += map(_option_of, msgspec.structs.fields(ServerSettings))
 @click.option("--pid-file", help="The pid_file of the service.  [default: server.pid_file in the settings]")
 @click.option(
     "--timeout",
-    type=click.FloatRange(0, min_open=True),
+    type=_Finite(0, min_open=True),
     default=60.0,
     show_default=True,
     help="Seconds that the service has to answer.",
@@ -422,7 +431,7 @@ def print_config(
 @click.option("--only", is_flag=True, help="Request only the paths of --file.")
 @click.option(
     "--timeout",
-    type=click.FloatRange(0, min_open=True),
+    type=_Finite(0, min_open=True),
     default=10.0,
     show_default=True,
     help="Seconds for each request.",
@@ -836,7 +845,7 @@ def print_report(config: Path | None, since: str | None, by: tuple[str, ...], to
 @click.option("--file-size", default="100MB", show_default=True, metavar="SIZE", help="The size of a file.")
 @click.option(
     "--hit-ratio",
-    type=click.FloatRange(0, 1),
+    type=_Finite(0, 1),
     metavar="SHARE",
     help="The share of the bytes that the cache has, 0 to 1; chooses --send cache.",
 )
@@ -854,7 +863,7 @@ def print_report(config: Path | None, since: str | None, by: tuple[str, ...], to
 )
 @click.option(
     "--use",
-    type=click.FloatRange(0, 1, min_open=True),
+    type=_Finite(0, 1, min_open=True),
     default=0.7,
     show_default=True,
     metavar="SHARE",
@@ -905,7 +914,7 @@ def print_plan(
             at_once = count_of("--clients", clients)
             begin = at_once * pace / size
         else:
-            begin = count_of("--requests", requests or "")
+            begin = count_of("--requests", requests or "", per_second=True)
             at_once = begin * size / pace
         measured = load_costs(costs or MEASURED)
         made = plan(

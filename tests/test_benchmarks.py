@@ -19,6 +19,7 @@ from benchmarks.load import LoadError, parse_wrk, wrk_program
 from benchmarks.measures import FIGURES, FULL, MEASURE_OF, MEASURES, QUICK
 from benchmarks.pictures import Bar, bar_chart
 from benchmarks.plan_check import Compared, compare
+from benchmarks.plan_check import main as plan_check
 from benchmarks.plan_check import table as plan_table
 from benchmarks.report import (
     EXAMPLE,
@@ -390,6 +391,32 @@ def test_a_plan_is_compared_with_what_replicas_have_used() -> None:
         f"| {redis.kind} | 2 | Redis CPU ms | {redis.planned:.3g} | {redis.measured:.3g} | +0% |",
         "| a kind | 3 | CPU ms | 1.5 | 1 | **+50%** |",
     ]
+
+
+@pytest.mark.parametrize(
+    ("factors", "status"), [([1, 1, 1.9], 0), ([1, 1, 2.1], 1), ([1, 1, 1 / 1.9], 0), ([1, 1, 1 / 2.1], 1), ([1.5], 1)]
+)
+def test_a_plan_is_close_if_the_median_row_and_the_worst_are(
+    factors: list[float], status: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cpu = load_costs().of("serve-proxied", "cpu_shared") + load_costs().of("serve-accounts", "cpu_shared")
+    cpu -= load_costs().of("serve", "cpu_shared")
+    row = {"kind": "files, 0 kB, streamed", "replicas": 1, "requests": 1000, "bytes": 0, "seconds": 2.0}
+    rows = [row | {"replica_cpu": cpu * 1000 * factor, "front_cpu": 0.0} for factor in factors]
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    assert plan_check([str(tmp_path / "rows.json")]) == status
+    worst = max(max(factor, 1 / factor) for factor in factors)
+    assert f"the worst row is {worst:.1f} times too much or too little" in capsys.readouterr().out
+
+
+def test_clients_of_the_cluster_connect_anew_to_nginx_which_keeps_its_connections() -> None:
+    costs = load_costs()
+    row = {"replicas": 1, "requests": 1000, "bytes": 0, "seconds": 2.0, "replica_cpu": 1.0, "front_cpu": 1.0}
+    kinds = ["files, 0 kB, by nginx", "files, 0 kB, streamed"]
+    by_nginx, streamed = compare([row | {"kind": kind} for kind in kinds], costs)
+    counted = costs.of("serve-accounts", "cpu_shared") - costs.of("serve", "cpu_shared")
+    assert by_nginx.planned == pytest.approx((costs.of("serve-nginx", "cpu_connect") + counted) * 1e3)
+    assert streamed.planned == pytest.approx((costs.of("serve-proxied", "cpu_shared") + counted) * 1e3)
 
 
 @pytest.mark.parametrize("lacks", [True, False])

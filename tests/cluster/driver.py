@@ -30,6 +30,8 @@ class Attempt:
 
     begun: float
     offset: int
+    id: str = ""
+    """What the request says in `X-Attempt`: the log of the proxy in front has it."""
     ended: float = 0.0
     head: float = 0.0
     """When the head of the answer was there; 0 if none came."""
@@ -125,7 +127,7 @@ class Driver:
         body = bytearray() if download.name is None else None
         have, ends = 0, time.monotonic() + self._patience
         while True:
-            attempt = Attempt(time.time(), have)
+            attempt = Attempt(time.time(), have, f"{download.number}.{len(download.attempts) + 1}")
             download.attempts.append(attempt)
             try:
                 await self._attempt(download, attempt, body)
@@ -154,6 +156,7 @@ class Driver:
             f"GET {download.path} HTTP/1.1",
             "Host: cluster",
             f"User-Agent: {download.agent}",
+            f"X-Attempt: {attempt.id}",
             "Connection: close",
         ]
         if attempt.offset or not download.is_whole:
@@ -249,8 +252,8 @@ def _problem_with(download: Download, body: bytes) -> str:
     names = {name.removeprefix("dir/") for name in SHARED if name.startswith("dir/")}
     try:
         if download.kind == "listing":
-            found = {unquote(entry["name"]) for entry in json.loads(body)["entries"]}
-            return "" if found == names else f"the listing has {found}"
+            listed = {unquote(entry["name"]) for entry in json.loads(body)["entries"]}
+            return "" if listed == names else f"the listing has {listed}"
         with zipfile.ZipFile(BytesIO(body)) as archive:
             files = {name.rpartition("/")[2]: archive.read(name) for name in archive.namelist() if name[-1] != "/"}
     except (ValueError, KeyError, zipfile.BadZipFile) as exc:

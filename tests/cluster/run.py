@@ -14,7 +14,7 @@ from random import Random
 from downloadview_async import CompletionStore
 from tests.cluster.costs import Cost, measure, table
 from tests.cluster.driver import Download, Driver
-from tests.cluster.invariants import Findings, Line, Logs, check, completed, front_by_agent, was_retried
+from tests.cluster.invariants import Findings, Line, Logs, check, completed, front_by_attempt, was_retried
 from tests.cluster.load import Load
 from tests.cluster.scenarios import Scenario, World
 from tests.cluster.site import Site
@@ -65,16 +65,17 @@ async def run_scenario(
     say: Callable[[str], None] = print,
     tries: int = 5,
 ) -> Report:
-    """Run a scenario, and once more if other programs of this machine have left the kernel no memory for TCP.
+    """Run a scenario, and repeat it up to four times if connections that the kernel has reset explain all its problems.
 
-    first: no agent has had a higher number.
+    The kernel resets connections if other programs of this machine have left it no memory for TCP. first: no agent has
+    had a higher number. tries: how often the scenario runs at most.
     """
     for _ in range(tries):
         aborted = _aborted_by_the_kernel()
         report = await _run_scenario(site, scenario, store, seed=seed, first=first)
         first += report.downloads
         report.last = first
-        if not report.findings.problems or aborted == _aborted_by_the_kernel():
+        if not report.findings.may_be_of_resets or aborted == _aborted_by_the_kernel():
             break
         say(f"{scenario.name}: once more, because the kernel has reset connections: it had no memory for TCP")
     return report
@@ -105,17 +106,17 @@ async def _run_scenario(site: Site, scenario: Scenario, store: CompletionStore, 
     await asyncio.sleep(1.0)  # the end of a download is known to all replicas
     await load.try_again()
     findings = await check(scenario, world, logs, before, store)
-    return _report(scenario, world, findings, front_by_agent(logs.front()), began, ended)
+    return _report(scenario, world, findings, front_by_attempt(logs.front()), began, ended)
 
 
 def _report(
-    scenario: Scenario, world: World, findings: Findings, lines: dict[str, list[Line]], began: float, ended: float
+    scenario: Scenario, world: World, findings: Findings, lines: dict[str, Line], began: float, ended: float
 ) -> Report:
     report = Report(scenario, findings, seconds=ended - began)
     report.marks = [(at - began, text) for at, text in world.marks]
     findings.facts += world.facts
-    for problem in world.problems:
-        findings.check("the scenario", False, problem)
+    for holds, problem in world.checks:
+        findings.check("the scenario", holds, problem)
     event = world.marks[0][0] if world.marks else ended
     replicas = {node.name: node for node in world.site.replicas}
     kills = [at for node in replicas.values() for at in node.killed]
@@ -129,13 +130,13 @@ def _report(
             if attempt.end in ("no answer", "5xx"):
                 report.refused.append(attempt.ended - began)
                 affected.append(attempt.ended)
-        by_proxy = [was_retried(line) for line in lines.get(one.agent, ())]
-        retried = one.cut is not None or any(by_proxy)
+        by_proxy = [each for each in one.attempts if each.id in lines and was_retried(lines[each.id])]
+        retried = one.cut is not None or bool(by_proxy)
         if one.result in ("complete", "denied"):
             (report.retried if retried else report.ok).append(at)
         if one.cut is not None:
             affected.append(one.attempts[-1].ended)
-        affected += [one.head for one, was in zip(one.attempts, by_proxy, strict=False) if was]
+        affected += [attempt.head for attempt in by_proxy]
         _note_kill(report, one, kills)
     affected = [at for at in affected if at > event]
     if affected:

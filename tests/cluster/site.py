@@ -129,7 +129,7 @@ path = "/cold/{{path:path}}"
 source = "cold"
 """
 _JSON_LOG = """log_format cluster escape=json
-        '{"id":"$request_id","agent":"$http_user_agent","servers":"$upstream_addr",'
+        '{"id":"$request_id","attempt":"$http_x_attempt","servers":"$upstream_addr",'
         '"statuses":"$upstream_status","status":$status,"bytes":$body_bytes_sent,"ended":$msec,'
         '"method":"$request_method","range":"$http_range","path":"$uri"}';"""
 _TEMPORARY = "".join(
@@ -176,7 +176,7 @@ http {{
 }}
 """
 _HAPROXY_LOG = (
-    '{"id":"%ID","agent":"%[capture.req.hdr(0)]","servers":"%si:%sp","retries":"%rc","status":%ST,"bytes":%B,'
+    '{"id":"%ID","attempt":"%[capture.req.hdr(0)]","servers":"%si:%sp","retries":"%rc","status":%ST,"bytes":%B,'
     '"method":"%HM","range":"%[capture.req.hdr(1)]","path":"%HPO","state":"%ts"}'
 )
 _HAPROXY = """
@@ -199,7 +199,7 @@ frontend downloads
     unique-id-header X-Request-Id
     http-request del-header X-Forwarded-For
     option forwardfor
-    http-request capture req.hdr(User-Agent) len 60
+    http-request capture req.hdr(X-Attempt) len 60
     http-request capture req.hdr(Range) len 40
     log global
     log-format {log_format}
@@ -294,17 +294,17 @@ class Site:
         await self._add("redis", [program, *options], port).start()
 
     async def _start_database(self) -> None:
-        found = shutil.which("initdb", path=os.pathsep.join([*map(str, Path("/usr/lib/postgresql").glob("*/bin"))]))
-        program = found or shutil.which("initdb")
-        assert program is not None, "PostgreSQL is not installed: apt-get install postgresql"
+        debian = os.pathsep.join(map(str, Path("/usr/lib/postgresql").glob("*/bin")))
+        initdb = shutil.which("initdb", path=debian) or shutil.which("initdb")
+        assert initdb is not None, "PostgreSQL is not installed: apt-get install postgresql"
         port, data = free_port(), self.directory / "postgres"
         data.mkdir(mode=0o700)
         user = "nobody" if os.geteuid() == 0 else None
         if user:
             shutil.chown(data, user)
-        command = [str(program), "-D", str(data), "-A", "trust", "-U", "cluster", "-E", "UTF8", "--locale=C", "-N"]
+        command = [initdb, "-D", str(data), "-A", "trust", "-U", "cluster", "-E", "UTF8", "--locale=C", "-N"]
         await asyncio.to_thread(subprocess.run, command, check=True, capture_output=True, cwd=self.directory, user=user)
-        server = [str(Path(program).with_name("postgres")), "-D", str(data), "-p", str(port), "-k", str(data)]
+        server = [str(Path(initdb).with_name("postgres")), "-D", str(data), "-p", str(port), "-k", str(data)]
         await self._add("postgres", [*server, "-c", "fsync=off"], port, user=user).start()
         self.database = f"postgresql+asyncpg://cluster@127.0.0.1:{port}/postgres"
 
@@ -490,11 +490,11 @@ class Site:
         env = {"LD_PRELOAD": str(LIBRARIES[0]), "FAKETIME": f"{seconds:+d}", "FAKETIME_DONT_FAKE_MONOTONIC": "1"}
         node.env = {"PYTHONPATH": str(PROJECT)} | (env | {"NO_FAKE_STAT": "1"} if seconds else {})
 
-    def tracebacks(self) -> Iterator[str]:
-        """Yield the tracebacks in the logs of the replicas and caches."""
+    def tracebacks(self) -> Iterator[tuple[str, str]]:
+        """Yield the name of each replica and cache, and the first traceback in its log or an empty text."""
         for node in (*self.replicas, *self.caches):
-            if "Traceback (most recent call last)" in (log := node.log):
-                yield f"{node.name}: {log[log.index('Traceback') :][:2000]}"
+            at = (log := node.log).find("Traceback (most recent call last)")
+            yield node.name, log[at:][:2000] if at >= 0 else ""
 
 
 def _nginx_user() -> str:

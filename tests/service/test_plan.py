@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +60,8 @@ def load(**changes: Any) -> Load:
         ({}, 100 * 100e-6 + 100 * 0.5),
         ({"kept": False}, 100 * 200e-6 + 100 * 0.5),
         ({"tls": True}, 100 * 300e-6 + 100 * 1.5),
-        ({"send": "nginx", "tls": True}, 100 * 200e-6 + 100 * 1.0),
+        ({"send": "nginx", "tls": True}, 100 * 400e-6 + 100 * 1.0),
+        ({"send": "nginx", "tls": True, "kept": False}, 100 * 400e-6 + 100 * 1.0),
         ({"send": "cache", "hit_ratio": 0.9}, 100 * 100e-6 + 90 * 0.5 + 10 * 4.0),
         ({"send": "redirect"}, 100 * 100e-6),
         ({"send": "redirect", "links": True}, 100 * 100e-6 + 100 * 100e-6),
@@ -97,12 +99,16 @@ def test_descriptors_run_out_first_where_few_are_allowed() -> None:
     assert made.needs[0].machines == pytest.approx(1000 * 2 / 100)
 
 
-def test_connections_that_wait_for_another_request_are_held_too() -> None:
+@pytest.mark.parametrize(("send", "kept_saves"), [("zero-copy", 100 * 5 * 10_000), ("nginx", 0)])
+def test_connections_that_wait_for_another_request_are_held_too(send: str, kept_saves: float) -> None:
     memory = {
-        kept: next(need for need in plan(load(kept=kept), MACHINE, COSTS).needs if need.resource == "memory").amount
+        kept: next(
+            need for need in plan(load(kept=kept, send=send), MACHINE, COSTS).needs if need.resource == "memory"
+        ).amount
         for kept in (True, False)
     }
-    assert memory[False] - memory[True] == pytest.approx(100 * 5 * 10_000)
+    assert memory[False] - memory[True] == pytest.approx(kept_saves)
+    assert memory[False] == pytest.approx((1000 + 100 * 5) * 10_000)
 
 
 @pytest.mark.parametrize(
@@ -134,8 +140,10 @@ def test_upstream_requests_of_a_worker_are_told() -> None:
 
 
 def test_workers_that_do_not_fit_into_the_memory_are_refused() -> None:
-    with pytest.raises(ConfigurationError, match="give more --memory or fewer --cores"):
+    with pytest.raises(ConfigurationError, match="give more --memory, a larger --use or fewer --cores"):
         plan(load(), Machine(cores=64, memory=1e9, network=1e9, descriptors=100, use=1), COSTS)
+    with pytest.raises(ConfigurationError, match="a larger --use"):
+        plan(load(), Machine(cores=4, memory=16e9, network=1e9, descriptors=100, use=0.01), COSTS)
 
 
 def test_the_text_has_the_formula_and_where_it_was_measured() -> None:
@@ -151,7 +159,8 @@ def test_the_text_has_the_formula_and_where_it_was_measured() -> None:
     [
         (count_of, "100k", 1e5),
         (count_of, "2.5M", 2.5e6),
-        (count_of, "2000/s", 2000),
+        (partial(count_of, per_second=True), "2000/s", 2000),
+        (partial(count_of, per_second=True), "2000", 2000),
         (rate_of, "2MB/s", 2e6),
         (rate_of, "10Gbit/s", 1.25e9),
         (rate_of, "64KiB/s", 65536),
@@ -165,7 +174,7 @@ def test_amounts(function: Any, text: str, value: float) -> None:
 @pytest.mark.parametrize(
     ("function", "text"),
     [
-        *((count_of, text) for text in ["", "0", "-5", "many", "1e5", "5x", "١٢"]),
+        *((count_of, text) for text in ["", "0", "-5", "many", "1e5", "5x", "١٢", "100k/s"]),
         *((rate_of, text) for text in ["2MB", "0MB/s", "2 apples/s", "MB/s", "inf/s"]),
         *((size_of, text) for text in ["", "0", "10 apples", "-1"]),
     ],
@@ -213,6 +222,13 @@ def test_clients_and_requests_are_two_ways_to_say_the_same() -> None:
         (["--clients", "1", "--network", "10"], "--network is '10': give a rate above 0"),
         (["--clients", "1", "--send", "nginx", "--hit-ratio", "0.9"], "--hit-ratio is for --send cache"),
         (["--clients", "1", "--hit-ratio", "2"], "2.0 is not in the range 0<=x<=1"),
+        (["--clients", "1", "--hit-ratio", "nan"], "Invalid value for '--hit-ratio': nan is not a finite number"),
+        (["--clients", "1", "--hit-ratio", "inf"], "inf is not in the range 0<=x<=1"),
+        (["--clients", "1", "--use", "nan"], "Invalid value for '--use': nan is not a finite number"),
+        (["--clients", "1", "--use", "-nan"], "-nan is not a finite number"),
+        (["--clients", "1", "--use", "inf"], "inf is not in the range 0<x<=1"),
+        (["--clients", "1", "--use", "0.01"], "give more --memory, a larger --use or fewer --cores"),
+        (["--clients", "100k/s"], "--clients is '100k/s': give a number above 0"),
         (["--clients", "1", "--costs", "none.json"], "'none.json' cannot be read: No such file or directory"),
     ],
 )
@@ -221,6 +237,20 @@ def test_bad_input_gives_one_line(arguments: list[str], message: str) -> None:
     assert done.exit_code == 2
     assert message in done.output.splitlines()[-1]
     assert "Traceback" not in done.output
+
+
+@pytest.mark.parametrize("command", ["check", "reload"])
+@pytest.mark.parametrize("number", ["nan", "inf"])
+def test_a_timeout_has_to_be_finite(command: str, number: str) -> None:
+    done = CliRunner().invoke(main, [command, "--timeout", number])
+    assert done.exit_code == 2
+    assert f"Invalid value for '--timeout': {number} is not a finite number" in done.output.splitlines()[-1]
+
+
+def test_nginx_has_new_connections_of_clients_whatever_it_keeps() -> None:
+    text = run("--requests", "2000/s", "--send", "nginx", "--tls", "--kept").output
+    assert text == run("--requests", "2000", "--send", "nginx", "--tls").output
+    assert "Each download has a new connection" in text
 
 
 def test_other_costs_have_to_be_complete(tmp_path: Path) -> None:

@@ -14,9 +14,12 @@ _RATES: dict[str, float] = {
 }
 
 
-def count_of(option: str, text: str) -> float:
-    """Return a number such as 100k or 2.5M, more than 0. Raises `ConfigurationError`."""
-    match = re.fullmatch(_NUMBER + "([kKM]?)(?:/s)?", text.strip())
+def count_of(option: str, text: str, *, per_second: bool = False) -> float:
+    """Return a number such as 100k or 2.5M, more than 0. Raises `ConfigurationError`.
+
+    per_second: whether `/s` may follow it.
+    """
+    match = re.fullmatch(_NUMBER + "([kKM]?)" + "(?:/s)?" * per_second, text.strip())
     if match is None or float(match[1]) == 0:
         raise ConfigurationError(f"{option} is {text!r}: give a number above 0, such as 5000, 100k or 2M")
     return float(match[1]) * _COUNTS[match[2]]

@@ -24,7 +24,8 @@ class Way:
 
     row: the row of the benchmark. tls: two rows whose difference is the cost of TLS. holds: whether a download holds a
     connection and sends its bytes here. fetches: whether the bytes for a client may be fetched first. proxied: the row
-    in which a proxy passes the bytes on, if there is one.
+    in which a proxy passes the bytes on, if there is one. has_proxy: whether clients connect to a proxy that is
+    a part of the way, and that keeps its connections to the service; its costs are in the row.
     """
 
     title: str
@@ -33,12 +34,18 @@ class Way:
     holds: bool = True
     fetches: bool = False
     proxied: str | None = None
+    has_proxy: bool = False
 
 
 WAYS: Mapping[str, Way] = {
     "zero-copy": Way("local files by sendfile", "serve", ("serve-tls", "serve"), proxied="serve-proxied"),
     "chunks": Way("local files in chunks, as under other servers", "serve-chunks", ("serve-tls", "serve-chunks")),
-    "nginx": Way("local files by nginx on the same machine, X-Accel-Redirect", "serve-nginx", ("nginx-tls", "nginx")),
+    "nginx": Way(
+        "local files by nginx on the same machine, X-Accel-Redirect",
+        "serve-nginx",
+        ("nginx-tls", "nginx"),
+        has_proxy=True,
+    ),
     "cache": Way("remote files through the cache", "serve-cached", ("serve-tls", "serve"), fetches=True),
     "remote": Way("remote files without a cache", "serve-remote", ("serve-tls", "serve-chunks"), fetches=True),
     "redirect": Way("redirects to a store or CDN, which sends", "serve-redirect", ("serve-tls", "serve"), holds=False),
@@ -46,13 +53,14 @@ WAYS: Mapping[str, Way] = {
 """The ways by the names that `--send` takes."""
 
 _LIMITS, _LINKS, _BOTH, _COMPLETIONS = "shared-limits", "shared-links", "shared-both", "serve-accounts"
+# ways that have a proxy do not need the first one
 _SENDING = ("cpu_shared", "cpu_connect", "cpu_per_gib_paced", "rss_per_client", "descriptors_per_client")
 _SHARED = ("cpu_shared", "redis_ops", "redis_cpu", "redis_memory")
 
 NEEDED: frozenset[tuple[str, str]] = frozenset(
     chain(
-        ((way.row, figure) for way in WAYS.values() if way.holds for figure in _SENDING),
-        ((row, figure) for way in WAYS.values() for row in way.tls for figure in _SENDING[:4]),
+        ((way.row, figure) for way in WAYS.values() if way.holds for figure in _SENDING[way.has_proxy :]),
+        ((row, figure) for way in WAYS.values() for row in way.tls for figure in _SENDING[way.has_proxy : 4]),
         ((row, figure) for row in (_LIMITS, _LINKS, _BOTH) for figure in _SHARED),
         (("serve-redirect", figure) for figure in _SENDING[:2]),
         (
@@ -87,6 +95,11 @@ class Load:
     links: bool = False
     limits: bool = False
     completions: bool = False
+
+    @property
+    def connects_anew(self) -> bool:
+        """Whether each download has a new connection to the machine. A proxy on another machine may keep its own."""
+        return not self.kept or WAYS[self.send].has_proxy
 
     @property
     def bytes_per_second(self) -> float:
@@ -205,8 +218,8 @@ def _more(costs: Costs, amount: float, of: str, rows: tuple[str, str], figure: s
 
 def _cpu(load: Load, costs: Costs) -> Iterator[Term]:
     way, per_second = WAYS[load.send], "core-seconds/s"
-    row, request = way.row, "cpu_shared" if load.kept else "cpu_connect"
-    if load.kept and way.proxied:
+    row, request = way.row, "cpu_connect" if load.connects_anew else "cpu_shared"
+    if not load.connects_anew and way.proxied:
         row = way.proxied
     yield _term(costs, load.requests, "requests/s", row, request, per_second)
     if load.tls:
@@ -237,7 +250,8 @@ def _network(load: Load, machine: Machine) -> Need:
 
 def _connections(load: Load) -> float:
     """Return how many connections are open: those of downloads, and those that wait for another request."""
-    return (load.clients if WAYS[load.send].holds else 0.0) + (0.0 if load.kept else load.requests * KEEP_ALIVE)
+    idle = load.requests * KEEP_ALIVE if load.connects_anew else 0.0
+    return (load.clients if WAYS[load.send].holds else 0.0) + idle
 
 
 def _memory(load: Load, machine: Machine, costs: Costs) -> Need:
@@ -251,7 +265,7 @@ def _memory(load: Load, machine: Machine, costs: Costs) -> Need:
     if has <= 0:
         raise ConfigurationError(
             f"{machine.cores} workers need {machine.cores * idle / 1e9:.2g} GB of memory before the first client: "
-            "give more --memory or fewer --cores"
+            "give more --memory, a larger --use or fewer --cores"
         )
     text = f"{machine.memory / 1e9:g} GB x {machine.use:g} - {machine.cores} workers x {idle / 1e6:.0f} MB (serve idle)"
     return Need("memory", terms, has, text)

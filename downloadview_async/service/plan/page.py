@@ -82,7 +82,7 @@ def _inputs(load: Load, machine: Machine) -> Iterator[str]:
         *(["signed links for one download"] if load.links else []),
         *(["limits of clients"] if load.limits else []),
         *(["completed downloads are counted"] if load.completions else []),
-        *(["a proxy keeps its connections"] if load.kept else []),
+        *([] if load.connects_anew else ["a proxy keeps its connections"]),
         *([f"{load.hit_ratio:.0%} of the bytes from the cache"] if load.send == "cache" else []),
     ]
     yield (
@@ -95,7 +95,7 @@ def _inputs(load: Load, machine: Machine) -> Iterator[str]:
         f"{amount_text(machine.network, 'bytes/s')}, {machine.descriptors:,} descriptors for a process; "
         f"{machine.use:.0%} of each may be used"
     )
-    if not load.kept:
+    if load.connects_anew:
         yield f"Each download has a new connection, which stays open for {KEEP_ALIVE:g} s afterwards"
 
 
