@@ -119,8 +119,8 @@ def _is_for_a_file(key: Any, scope: Scope) -> bool:
 def together_for(limits: Sequence[Limiting], key: Any, scope: Scope) -> Together | None:
     """Return what asks a link and the limits together once the file is open, or None: each is asked in its turn.
 
-    limits: all those of the request. They have to count in one Redis. Only for a request whose answer is
-    a local file, and only if no part of a rate has to be known before it is open.
+    limits: all those of the request, which have to count in one Redis. This is only for a request whose answer is a
+    local file, and if no part of a rate has to be known before the file is open.
     """
     if scope["method"] != "GET" or TRANSFERS in scope or not _is_for_a_file(key, scope):
         return None

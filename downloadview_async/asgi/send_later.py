@@ -41,8 +41,9 @@ class SendLater:
                 await later.send()
 
     A `DownloadResponse` inside it leaves the sending of its file to it if the server is our `DownloadProtocol`, the
-    file was opened without waiting, and nothing else is to happen when the client has it: no background task, and no
-    count of a link for a number of downloads. Limits of a `Download` hold until the file has been sent.
+    file was opened without waiting, and nothing else is to happen when the client has it: no background task, no count
+    of a link for a number of downloads, and no limits in the Redis of the links. Other limits of a `Download` hold
+    until the file has been sent.
 
     Middleware inside gets control when the answer has begun, and not when it has ended. So none of it may limit how
     many answers there are at once, measure how long they take, or wait for the client to leave. `Accounts` may: it

@@ -1,4 +1,4 @@
-"""`Dechunker`: takes a body apart that is sent in chunks [RFC 9112 7.1]. Nothing here does I/O."""
+"""`Dechunker`: decodes a body that is sent in chunks [RFC 9112 7.1]. Nothing here does I/O."""
 
 import re
 

@@ -376,7 +376,7 @@ class RedisLimitStore:
     def _name_of(self, client: str) -> str:
         """Return the beginning of the client's keys, which does not show an address or a name of a user.
 
-        The braces keep the keys of a client on one server of a cluster.
+        The braces keep the keys of one client in one slot. The gate has another, so Redis Cluster is not supported.
         """
         return f"{self._prefix}{{{hashlib.sha256(client.encode(errors='surrogatepass')).hexdigest()[:32]}}}:"
 

@@ -1,10 +1,10 @@
 """`Client`: fetches by HTTP/1.1, with connections that are kept [RFC 9112].
 
-It sends GET and HEAD without a body, and no cookies. It knows no proxies, codings and versions but 1.1, so that little
-is done for each request: see `httpx_client` for clients that can more.
+It sends GET and HEAD without a body, and no cookies. It supports no proxies, no content codings and only HTTP/1.1, so
+each request costs little. For these, pass a client of httpx: see `httpx_client`.
 
 A connection belongs to one response at a time. It is kept for the next request only if the body was read to the end
-that its framing told, and if nothing has come after that.
+of its framing, and nothing followed.
 """
 
 import re
@@ -22,9 +22,9 @@ from downloadview_async.sources.remote.urls import UpstreamURL, parse_url
 
 MAX_REDIRECTS = 5
 MAX_REST = 64 * 1024
-"""The rest of an answer is read if it has at most so many bytes, so that its connection can be used again."""
+"""The most bytes of the rest of an answer that are read so that its connection can be used again."""
 REST_SECONDS = 0.5
-"""And if it arrives within so many seconds."""
+"""The most seconds for that."""
 
 _FOR_ONE_SERVER = frozenset({"authorization", "cookie", "host"})
 _REDIRECTS = frozenset({301, 302, 303, 307, 308})
