@@ -148,7 +148,10 @@ async def test_a_client_that_stalls_is_dropped(big: Path) -> None:
     assert (outcome.result, outcome.reason) == ("aborted", "stalled")
 
 
-async def test_a_file_that_is_cut_aborts_the_answer(big: Path, caplog: pytest.LogCaptureFixture) -> None:
+async def test_a_file_that_is_cut_aborts_the_answer(
+    big: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logging.getLogger("uvicorn.error"), "filters", [])  # a service in this process has added one
     app = Outermost(of(big))
     async with live(app, http=DownloadProtocol) as port, stalled(port) as (reader, _):
         await asyncio.wait_for(app.has_returned.wait(), 30)
