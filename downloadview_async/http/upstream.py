@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
-from downloadview_async.errors import FileMissing, PreconditionFailed, UpstreamBusy, UpstreamError
+from downloadview_async.errors import FileMissing, PreconditionFailed, UpstreamBusy, UpstreamError, UpstreamRefused
 from downloadview_async.http.conditional import failed_precondition, parse_etag_list, range_applies
 from downloadview_async.http.content_types import valid_content_type
 from downloadview_async.http.dates import parse_delta_seconds, parse_http_date
@@ -190,7 +190,9 @@ def described(answer: Answer, request: DownloadRequest, url: str) -> Content:
             raise FileMissing(f"{url!r} answered {status}")
         case 429 | 503:
             raise UpstreamBusy(f"{url!r} answered {status}", status=status, retry_after=_retry_after(fields))
-    raise UpstreamError(f"{url!r} answered {status}")
+        case 500 | 502 | 504:
+            raise UpstreamError(f"{url!r} answered {status}")
+    raise UpstreamRefused(f"{url!r} answered {status}", answered=status)
 
 
 def continued(answer: Answer, span: ByteRange | None, metadata: FileMetadata, url: str) -> Content:
