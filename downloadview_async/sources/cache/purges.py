@@ -1,7 +1,8 @@
 """`PurgeLog`: what was purged from a cache. All processes and running fills learn of a purge from this file.
 
 At each request, a process compares the length of the file with the one that it has read up to: this costs one `fstat`.
-A fill keeps the length at its beginning, and what it has fetched is not kept if a later line covers the file.
+A fill knows the length from before its source was asked, and what it has fetched is not kept if a later line covers the
+file.
 """
 
 import errno
