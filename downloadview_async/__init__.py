@@ -35,6 +35,7 @@ from downloadview_async.errors import (
     TransferAborted,
     UpstreamBusy,
     UpstreamError,
+    UpstreamRefused,
     UpstreamTimeout,
     WrongType,
 )
@@ -191,6 +192,7 @@ __all__ = [
     "Upstream",
     "UpstreamBusy",
     "UpstreamError",
+    "UpstreamRefused",
     "UpstreamTimeout",
     "Users",
     "ViewPage",

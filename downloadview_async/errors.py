@@ -17,7 +17,8 @@
     │   ├── SourceUnavailable      503  the disk, the storage or this process is overloaded; try again
     │   │   └── UpstreamBusy       503  or 429: as a remote server answered; its Retry-After is passed on
     │   └── UpstreamError          502  a remote server failed or broke the protocol
-    │       └── UpstreamTimeout    504  a remote server did not answer in time
+    │       ├── UpstreamTimeout    504  a remote server did not answer in time
+    │       └── UpstreamRefused    502  a remote server refused us, or leads to a host that may not be requested
     └── TransferAborted            bytes have left already: the connection is aborted, never ended cleanly
 
 The message of an error is for the log. No response ever shows it; what the client may know is in `detail`.
@@ -222,7 +223,7 @@ class UpstreamBusy(SourceUnavailable):
 
 
 class UpstreamError(FileError):
-    """A remote server failed, refused us or broke the protocol."""
+    """A remote server failed or broke the protocol."""
 
     status = HTTPStatus.BAD_GATEWAY
 
@@ -231,6 +232,17 @@ class UpstreamTimeout(UpstreamError):
     """A remote server did not answer in time."""
 
     status = HTTPStatus.GATEWAY_TIMEOUT
+
+
+class UpstreamRefused(UpstreamError):
+    """A remote server has not failed, but gives no file: a cache sends no stale copy instead of it.
+
+    answered: the status of its answer, such as 403. None: it leads to a host or an address that may not be requested.
+    """
+
+    def __init__(self, reason: str, *, answered: int | None = None) -> None:
+        super().__init__(reason)
+        self.answered = answered
 
 
 class TransferAborted(DownloadError):

@@ -15,7 +15,7 @@ backend replica1 {
     .probe = { .url = "/-/readyz"; .interval = 2s; .timeout = 2s; .window = 2; .threshold = 1; .initial = 1; }
 }
 
-# Who may purge. Add the addresses of your deployment.
+# The addresses that may purge: add those of your deployment.
 acl purgers {
     "127.0.0.1";
     "::1";
@@ -33,7 +33,7 @@ sub vcl_recv {
     if (req.url ~ "^/(-|%2[dD])(/|%2[fF])" && req.url !~ "^/-/livez(\?|$)") {
         return (synth(404));
     }
-    # Orders between an application and its proxy, which a client has no business giving.
+    # These headers are orders of an application to its proxy. A client must not send them.
     unset req.http.X-Accel-Mapping;
     unset req.http.X-Accel-Redirect;
     unset req.http.X-Sendfile;

@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
-from downloadview_async.errors import FileMissing, PreconditionFailed, UpstreamBusy, UpstreamError
+from downloadview_async.errors import FileMissing, PreconditionFailed, UpstreamBusy, UpstreamError, UpstreamRefused
 from downloadview_async.http.conditional import failed_precondition, parse_etag_list, range_applies
 from downloadview_async.http.content_types import valid_content_type
 from downloadview_async.http.dates import parse_delta_seconds, parse_http_date
@@ -152,7 +152,7 @@ def is_refusal(answer: Answer) -> bool:
 
 
 def described(answer: Answer, request: DownloadRequest, url: str) -> Content:
-    """Return what an answer tells about a file. Raises `FileError` for a failure and for an invalid answer.
+    """Return what an answer tells about a file. Raises `FileError` for any other answer.
 
     request: the client's request to us. url: for error messages.
     """
@@ -179,6 +179,7 @@ def described(answer: Answer, request: DownloadRequest, url: str) -> Content:
             part, size = content_range(fields)
             if size is not None and part == ByteRange(0, size):
                 return Content(metadata=_metadata(answer, size), stop=size, exists=has_content)
+            raise UpstreamError(f"{url!r} sent a part, and was not asked for one")
         case 304 if not {"if-none-match", "if-modified-since"}.isdisjoint(sent):
             return Content(metadata=_readable(_not_modified(_metadata(answer, None), request), None), exists=False)
         case 412 if not {"if-match", "if-unmodified-since"}.isdisjoint(sent):
@@ -190,7 +191,9 @@ def described(answer: Answer, request: DownloadRequest, url: str) -> Content:
             raise FileMissing(f"{url!r} answered {status}")
         case 429 | 503:
             raise UpstreamBusy(f"{url!r} answered {status}", status=status, retry_after=_retry_after(fields))
-    raise UpstreamError(f"{url!r} answered {status}")
+        case 206 | 304 | 500 | 502 | 504:  # nobody has asked for a part, or whether it was modified
+            raise UpstreamError(f"{url!r} answered {status}")
+    raise UpstreamRefused(f"{url!r} answered {status}", answered=status)
 
 
 def continued(answer: Answer, span: ByteRange | None, metadata: FileMetadata, url: str) -> Content:

@@ -9,6 +9,7 @@ from downloadview_async.errors import (
     SourceUnavailable,
     UpstreamBusy,
     UpstreamError,
+    UpstreamRefused,
     UpstreamTimeout,
 )
 
@@ -23,6 +24,7 @@ _MISCONFIGURED = re.compile(
 # obstore has a class for this error of a GET, but not for that of a listing.
 _LIST_REFUSED = re.compile("performing list request: .*non-2xx status code: 40[13]")
 _THROTTLED = frozenset({"429", "503"})
+_FAILED = frozenset({"500", "502", "504"})
 _ERRNO = re.compile(r"\(os error ([0-9]+)\)\Z")
 _NOT_A_FILE = frozenset({"2", "20", "21", "36", "40"})  # ENOENT, ENOTDIR, EISDIR, ENAMETOOLONG, ELOOP
 _DENIED = frozenset({"1", "13"})  # EPERM, EACCES
@@ -33,13 +35,13 @@ def file_error(exc: BaseException, name: str) -> FileError:
     reason = f"{name!r}: {first_line(exc)}"
     kind = type(exc).__name__
     if match := _MISCONFIGURED.search(str(exc)):
-        return UpstreamError(f"the store refuses the bucket or the credentials ({match[1]}): check them: {reason}")
+        return UpstreamRefused(f"the store refuses the bucket or the credentials ({match[1]}): check them: {reason}")
     if isinstance(exc, FileNotFoundError) or kind == "InvalidPathError" or isinstance(exc, ValueError):
         return FileMissing(reason)
     if isinstance(exc, PermissionError) or kind in ("PermissionDeniedError", "UnauthenticatedError"):
         return AccessDenied(f"the store denies {reason}")
     if kind == "PreconditionError":
-        return UpstreamError(f"the object has been replaced by another version: {reason}")
+        return UpstreamRefused(f"the object has been replaced by another version: {reason}", answered=412)
     if match := _ERRNO.search(reason):
         if match[1] in _NOT_A_FILE:
             return FileMissing(reason)
@@ -51,6 +53,8 @@ def file_error(exc: BaseException, name: str) -> FileError:
         return UpstreamBusy(f"the store is throttling: {reason}", status=int(status[1]))
     if status is None and "timed out" in str(exc):
         return UpstreamTimeout(reason)
+    if status is not None and status[1] not in _FAILED:
+        return UpstreamRefused(reason, answered=int(status[1]))
     return UpstreamError(reason)
 
 

@@ -11,6 +11,7 @@ import hashlib
 import importlib.util
 import json
 import logging
+import re
 import time
 from collections.abc import Awaitable, Iterator, Mapping, Sequence
 from typing import Any, Literal, TypeVar
@@ -34,17 +35,28 @@ _VERSION = 1  # of the keys and values
 _PATIENCE = 5.0  # seconds
 _REST_SECONDS = 10.0  # without a call after one has failed
 _MANY = 500  # keys in one call
+_CRC32 = re.compile("[0-9]{1,10}")
 _LOCK = 0x6661637473  # of the transaction that creates the table: PostgreSQL fails if two do so at once
 _TABLE = (
     "CREATE TABLE IF NOT EXISTS downloadview_facts"
-    " (key TEXT PRIMARY KEY, value TEXT NOT NULL, until DOUBLE PRECISION NOT NULL)"
+    " (key TEXT PRIMARY KEY, value TEXT NOT NULL, until DOUBLE PRECISION NOT NULL)",
+    "CREATE INDEX IF NOT EXISTS downloadview_facts_until ON downloadview_facts (until)",
 )
-_GET = "UPDATE downloadview_facts SET until = :until WHERE key = ANY(:keys) AND until > :now RETURNING key, value"
+# All statements lock rows in the order of their keys, or wait for none: else two of them could wait for each other.
+_GET = (
+    "WITH known AS (SELECT key FROM downloadview_facts WHERE key = ANY(:keys) AND until > :now"
+    ' ORDER BY key COLLATE "C" FOR UPDATE)'
+    " UPDATE downloadview_facts AS facts SET until = :until FROM known WHERE facts.key = known.key"
+    " RETURNING facts.key, facts.value"
+)
 _PUT = (
     "INSERT INTO downloadview_facts (key, value, until) VALUES (:key, :value, :until)"
     " ON CONFLICT (key) DO UPDATE SET value = excluded.value, until = excluded.until"
 )
-_TRIM = "DELETE FROM downloadview_facts WHERE until <= :now"
+_TRIM = (
+    "DELETE FROM downloadview_facts WHERE key IN"
+    " (SELECT key FROM downloadview_facts WHERE until <= :now FOR UPDATE SKIP LOCKED)"
+)
 
 
 class SharedFacts:
@@ -130,7 +142,8 @@ class SharedFacts:
         async with self._client().begin() as connection:
             if not self._is_created:
                 await connection.execute(text("SELECT pg_advisory_xact_lock(:lock)"), {"lock": _LOCK})
-                await connection.execute(text(_TABLE))
+                for part in _TABLE:
+                    await connection.execute(text(part))
             rows = await connection.execute(text(statement), values)
             pairs = [(row[0], row[1]) for row in rows] if rows.returns_rows else []
         self._is_created = True
@@ -159,8 +172,11 @@ class SharedDigests:
         """Return the digests that are known of a version with a strong entity tag. Raises `OSError`."""
         key = _key_of(source, name, version)
         text = (await self._facts.get("digest", [key])).get(key)
-        known: dict[str, str] = json.loads(text) if text is not None else {}
-        return tuple((one, base64.b64decode(known[one])) for one in ALGORITHMS if one in known)
+        try:
+            known: dict[str, str] = {} if text is None else json.loads(text)
+            return tuple((one, base64.b64decode(known[one], validate=True)) for one in ALGORITHMS if one in known)
+        except (ValueError, TypeError):  # something else has written it
+            return ()
 
     async def put(self, source: str, name: str, version: FileMetadata, digests: Digests) -> None:
         """Keep digests of a version. Raises `OSError`."""
@@ -187,9 +203,11 @@ class SharedChecksums:
         """Return the CRC-32s that are known of these keys."""
         if time.monotonic() >= self._resume_at:
             try:
-                return {key: int(value) for key, value in (await self._facts.get("crc32", keys)).items()}
+                values = await self._facts.get("crc32", keys)
             except OSError as exc:
                 self._rest(exc)
+            else:
+                return {key: int(value) for key, value in values.items() if _CRC32.fullmatch(value)}
         return {}
 
     async def put(self, known: Mapping[bytes, int], /) -> None:

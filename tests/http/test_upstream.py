@@ -7,7 +7,14 @@ from typing import Any
 
 import pytest
 
-from downloadview_async.errors import FileError, FileMissing, PreconditionFailed, UpstreamBusy, UpstreamError
+from downloadview_async.errors import (
+    FileError,
+    FileMissing,
+    PreconditionFailed,
+    UpstreamBusy,
+    UpstreamError,
+    UpstreamRefused,
+)
 from downloadview_async.http.digest import Digests
 from downloadview_async.http.metadata import MAX_READS, ByteRange, ETag, FileMetadata
 from downloadview_async.http.request import DownloadRequest
@@ -170,7 +177,7 @@ def test_what_an_answer_says_of_a_file(of: Answer, request_: DownloadRequest, ex
     [
         (answer(200, {"content-length": "0", "x-sendfile": "/x"}), GET, UpstreamError),
         (answer(200, {"content-length": "ten"}), GET, UpstreamError),
-        (answer(204), GET, UpstreamError),
+        (answer(204), GET, UpstreamRefused),
         (answer(206), GET, UpstreamError),
         (answer(206, PART), GET, UpstreamError),
         (answer(206, {"content-range": "bytes 1-4/10"}, **RANGED), GET_PART, UpstreamError),
@@ -186,13 +193,19 @@ def test_what_an_answer_says_of_a_file(of: Answer, request_: DownloadRequest, ex
         (answer(404), GET, FileMissing),
         (answer(410), GET, FileMissing),
         (answer(412, if_match='"one"'), GET, PreconditionFailed),
-        (answer(412), GET, UpstreamError),
-        (answer(416), GET, UpstreamError),
-        (answer(416, {"content-range": "bytes */1"}), GET, UpstreamError),
+        (answer(412), GET, UpstreamRefused),
+        (answer(416), GET, UpstreamRefused),
+        (answer(416, {"content-range": "bytes */1"}), GET, UpstreamRefused),
         (answer(429), GET, UpstreamBusy),
         (answer(503), GET, UpstreamBusy),
         (answer(500), GET, UpstreamError),
-        (answer(301), GET, UpstreamError),
+        (answer(502), GET, UpstreamError),
+        (answer(504), GET, UpstreamError),
+        (answer(501), GET, UpstreamRefused),
+        (answer(401), GET, UpstreamRefused),
+        (answer(403), GET, UpstreamRefused),
+        (answer(451), GET, UpstreamRefused),
+        (answer(301), GET, UpstreamRefused),
     ],
 )
 def test_what_an_answer_fails_with(of: Answer, request_: DownloadRequest, error: type[FileError]) -> None:

@@ -173,6 +173,18 @@ async def test_a_file_that_changes_is_never_mixed_and_can_be_purged(tmp_path: Pa
         assert (part.status, part.body) == (206, NEW[10:])
 
 
+@pytest.mark.parametrize("kind", KINDS)
+async def test_a_question_mark_in_a_name_is_no_query(tmp_path: Path, kind: str) -> None:
+    async with cached_by(kind, tmp_path) as site:
+        (site.files / "a").write_bytes(b"of a")
+        (site.files / "a?b").write_bytes(b"of a?b")
+        make_old(site.files)
+        for _ in range(2):
+            assert (await site.get("/files/a%3Fb")).body == b"of a?b"
+            assert (await site.get("/files/a?b")).body == b"of a"
+        assert len(site.requests) == 2
+
+
 async def test_varnish_bans_all_below_a_path(tmp_path: Path) -> None:
     async with cached_by("varnish", tmp_path) as site:
         for name in ("b.txt", "bxtxt"):

@@ -270,6 +270,65 @@ async def test_digests_and_checksums_are_shared(tmp_path: Path, kind: str, reque
 
 
 @pytest.mark.asyncio
+@pytest.mark.parametrize("text", ["", "no JSON", "[]", "7", '["sha-256"]', '{"sha-256": "é"}', '{"sha-256": 7}'])
+async def test_a_value_that_something_else_has_written_is_no_fact(redis: RedisServer, text: str) -> None:
+    facts = dv.SharedFacts(redis.url, prefix="foreign")
+    digests, sums = dv.SharedDigests(facts), dv.SharedChecksums(facts)
+    version = dv.FileMetadata(size=5, etag=dv.ETag("1"))
+    await digests.put("files", "a", version, (("sha-256", b"d" * 32),))
+    await sums.put({b"1": 1, b"2": 2})
+    for key in await call(redis.url, "KEYS", "foreign:*"):
+        if not key.endswith(b"crc32:" + b"2".hex().encode()):
+            await call(redis.url, "SET", key, text)
+    assert await digests.get("files", "a", version) == ()
+    assert await sums.get([b"1", b"2"]) == ({b"2": 2} if text != "7" else {b"1": 7, b"2": 2})
+    await facts.aclose()
+
+
+@pytest.mark.asyncio
+@pytest.mark.slow
+async def test_statements_of_postgresql_never_wait_for_each_other(postgres: str) -> None:
+    import asyncpg  # type: ignore[import-untyped]
+
+    facts = dv.SharedFacts(postgres, prefix="locks")
+    for number in (9, 5, 1):  # so that the rows are not in the order of their keys
+        await facts.put("crc32", {bytes([number]): "1"})
+    keys = [bytes([number]) for number in (9, 5, 1)]
+    first, last = ("locks:facts:1:crc32:01", "locks:facts:1:crc32:09")
+    url = postgres.replace("+asyncpg", "")
+    holder, other = await asyncpg.connect(url), await asyncpg.connect(url)
+    lock = "SELECT key FROM downloadview_facts WHERE key = $1 FOR UPDATE NOWAIT"
+    waiting = "SELECT count(*) FROM pg_locks WHERE NOT granted"
+
+    async def is_waiting() -> None:
+        async with asyncio.timeout(4):
+            while not await other.fetchval(waiting):
+                await asyncio.sleep(0.01)
+
+    for call_ in (lambda: facts.get("crc32", keys), lambda: facts.put("crc32", dict.fromkeys(keys, "2"))):
+        async with holder.transaction():
+            await holder.fetch(lock, first)
+            task = asyncio.create_task(call_())
+            await is_waiting()
+            async with other.transaction():
+                assert len(await other.fetch(lock, last)) == 1  # nobody who waits for the first has the last
+        await task
+    await holder.execute("UPDATE downloadview_facts SET until = 0")
+    async with holder.transaction():
+        await holder.fetch(lock, first)
+        await facts.put("crc32", {b"other": "3"})  # which removes what has expired, and waits for nobody
+    rows = await other.fetch("SELECT key FROM downloadview_facts WHERE starts_with(key, 'locks')")
+    assert [row[0] for row in rows if row[0] != first] == ["locks:facts:1:crc32:" + b"other".hex()]
+    plan = await other.fetch(
+        "SELECT indexdef FROM pg_indexes WHERE tablename = 'downloadview_facts' AND indexdef LIKE '%(until)'"
+    )
+    assert len(plan) == 1
+    await holder.close()
+    await other.close()
+    await facts.aclose()
+
+
+@pytest.mark.asyncio
 async def test_keys_expire_and_name_their_version(tmp_path: Path) -> None:
     with redis_server(tmp_path) as server:
         app = app_of(tmp_path, server.url, LIMITS["all"])

@@ -231,6 +231,86 @@ async def test_other_errors_and_those_after_the_time_are_not_hidden(
 
 
 @pytest.mark.asyncio
+@pytest.mark.parametrize("code", [401, 403, 404, 410, 451, 302, 204])
+@pytest.mark.parametrize("method", ["GET", "HEAD"])
+async def test_a_file_that_is_withdrawn_is_never_sent_again(
+    origin: Origin, tmp_path: Path, code: int, method: str
+) -> None:
+    async with serving(remote(origin), tmp_path, max_age=100, stale_if_error=600) as served:
+        await filled(served)
+        await grow_old(served, 200)
+        origin.headers[0], origin.status = 'ETag: "v2"', f"{code} No"
+        expected = 404 if code in (404, 410) else 502
+        for _ in range(2):
+            answer = await served.get(method=method)
+            assert (answer.status, status(answer)) == (expected, "")
+        assert await served.cache.find(served.source.name, "a.bin") is None
+        origin.status = "503 Busy"  # nothing is left for it
+        assert (await served.get()).status == 503
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize("code", [408, 425, 429, 501, 505, 521])
+async def test_other_answers_are_no_failures_but_remove_nothing(origin: Origin, tmp_path: Path, code: int) -> None:
+    async with serving(remote(origin), tmp_path, max_age=100, stale_if_error=600, stale_while_revalidate=50) as served:
+        await filled(served)
+        await grow_old(served, 140)
+        origin.headers[0], origin.status = 'ETag: "v2"', f"{code} No"
+        assert status(await served.get()).endswith(WHILE)
+        await settled_in_the_background(served)
+        asked = len(origin.requests)
+        assert status(await served.get()).endswith(WHILE)
+        assert len(origin.requests) == asked  # not again at once
+        await grow_old(served, 60)
+        answer = await served.get()
+        assert (answer.status, status(answer)) == (429 if code == 429 else 502, "")
+        origin.status = "503 Busy"
+        assert status(await served.get()) == ON_ERROR
+
+
+@pytest.mark.asyncio
+async def test_a_condition_of_a_client_removes_nothing(origin: Origin, tmp_path: Path) -> None:
+    async with serving(remote(origin), tmp_path, max_age=100, stale_if_error=600) as served:
+        await filled(served)
+        await grow_old(served, 200)
+        origin.status = "412 No"
+        assert (await served.get(method="HEAD", If_Match='"v9"')).status == 412
+        assert served.data()
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize("option", ["stale_if_error", "stale_while_revalidate"])
+@pytest.mark.parametrize("place", ["http://other.example/", "http://127.0.0.1:1/", "ftp://127.0.0.1/"])
+async def test_a_host_that_is_not_allowed_is_no_failure(
+    origin: Origin, tmp_path: Path, option: str, place: str
+) -> None:
+    times: dict[str, Any] = {option: 600}
+    async with serving(remote(origin), tmp_path, max_age=100, **times) as served:
+        await filled(served)
+        await grow_old(served, 200)
+        origin.headers[:1], origin.status = ['ETag: "v2"', f"Location: {place}"], "302 Found"
+        if option == "stale_while_revalidate":
+            assert (await served.get()).body == BIG  # the origin has not been asked yet
+            await settled_in_the_background(served)
+        answer = await served.get()
+        assert (answer.status, status(answer)) == (502, "")
+        assert await served.cache.find(served.source.name, "a.bin") is None
+
+
+@pytest.mark.asyncio
+async def test_an_address_that_is_not_allowed_is_no_failure(origin: Origin, tmp_path: Path) -> None:
+    source = remote(origin)
+    async with serving(source, tmp_path, max_age=100, stale_if_error=600) as served:
+        await filled(served)
+        await grow_old(served, 200)
+        # as after a name server has begun to tell a private address
+        served.source.source = dv.RemoteSource(source.url)
+        assert (await served.get()).status == 502
+        assert await served.cache.find(served.source.name, "a.bin") is None
+        await source.aclose()
+
+
+@pytest.mark.asyncio
 @pytest.mark.parametrize("directive", ["must-revalidate", "proxy-revalidate", "s-maxage=100", "no-cache"])
 async def test_what_the_origin_forbids_is_not_sent_stale(origin: Origin, tmp_path: Path, directive: str) -> None:
     origin.headers.append(f"Cache-Control: {directive}, stale-if-error=600, stale-while-revalidate=600")
@@ -242,20 +322,20 @@ async def test_what_the_origin_forbids_is_not_sent_stale(origin: Origin, tmp_pat
 
 
 @pytest.mark.asyncio
-@pytest.mark.parametrize("news", ["private", "gone"])
+@pytest.mark.parametrize("news", ["private", "404 Not Found", "401 Who", "403 No", "451 Never"])
 async def test_a_file_that_became_private_or_is_gone_is_removed(origin: Origin, tmp_path: Path, news: str) -> None:
     async with serving(remote(origin), tmp_path, max_age=100, stale_while_revalidate=600) as served:
         await filled(served)
         await grow_old(served, 110)
         origin.content, origin.headers = BIG[::-1], ['ETag: "v2"', "Cache-Control: private"]
-        if news == "gone":
-            origin.status = "404 Not Found"
+        if news != "private":
+            origin.status = news
         assert status(await served.get()).endswith(WHILE)  # the origin has not said it yet
         await settled_in_the_background(served)
-        assert not served.files()
+        assert await served.cache.find(served.source.name, "a.bin") is None  # its bytes may still be being sent
         answer = await served.get()
-        if news == "gone":
-            assert answer.status == 404
+        if news != "private":
+            assert answer.status == (404 if news.startswith("404") else 502)
         else:
             assert (answer.body, status(answer)) == (BIG[::-1], "downloadview; fwd=miss")
 

@@ -30,6 +30,7 @@ from downloadview_async import (
     StorageSource,
     TransferAborted,
     UpstreamError,
+    UpstreamRefused,
     UpstreamTimeout,
 )
 from downloadview_async.sources import object_store
@@ -167,7 +168,7 @@ ERRORS: list[tuple[int, type[FileError], int]] = [
     (429, SourceUnavailable, 429),
     (503, SourceUnavailable, 503),
     (500, UpstreamError, 502),
-    (400, UpstreamError, 502),
+    (400, UpstreamRefused, 502),
 ]
 
 
@@ -176,9 +177,10 @@ async def test_errors_of_a_store(
     status: int, error: type[FileError], ours: int, caplog: pytest.LogCaptureFixture
 ) -> None:
     async with serving_store(status=status) as store:
-        with pytest.raises(error):
+        with pytest.raises(error) as raised:
             async with store.storage.open("a.txt"):
                 pass
+        assert isinstance(raised.value, UpstreamRefused) is (status == 400)
         with caplog.at_level(logging.INFO, "downloadview_async"):
             answer = await call(app(store), "/a.txt")
         assert answer.status == ours

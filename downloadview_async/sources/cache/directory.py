@@ -197,8 +197,7 @@ class CacheDirectory:
         os.ftruncate(part.descriptor, size)
         os.fdatasync(part.descriptor)
         with self._locked() as usage:
-            purges = () if began is None else self.purges.since(began)
-            if purges is None or any(purge.covers(source, key) for purge in purges):
+            if self.is_purged(source, key, since=began):
                 return False
             before = self._files.current(part.key)
             leased = self._files.leased(part.key)
@@ -227,11 +226,14 @@ class CacheDirectory:
         with self._locked() as usage:
             self._add(usage, -cost(part.reserved) - BLOCK)
 
-    def renew(self, source: str, key: str, entry: Entry) -> bool:
-        """Write the new description of a version that has been revalidated; return whether it is still current."""
+    def renew(self, source: str, key: str, entry: Entry, *, began: Position | None = None) -> bool:
+        """Write the new description of a version that has been revalidated; return whether it is still current.
+
+        It is not if the file was purged after `began`: see `commit`.
+        """
         hashed = key_hash(source, key)
         with self._locked():
-            if self._files.current(hashed) != entry.data:
+            if self.is_purged(source, key, since=began) or self._files.current(hashed) != entry.data:
                 return False
             self._files.write_meta(hashed, dump_entry(source, key, entry), self._files.leased(hashed))
         return True
@@ -251,7 +253,19 @@ class CacheDirectory:
         What was fetched for them before is not kept, by whatever process.
         """
         with self._locked():
-            self.purges.add(purge)
+            self.purges.add(purge)  # what is fetched now must not be kept after the removal
+        count = self._remove_all(purge)
+        with self._locked():
+            self.purges.add(purge)  # a process may have read of it, and then found a file that was not removed yet
+        return count
+
+    def is_purged(self, source: str, key: str, *, since: Position | None) -> bool:
+        """Return whether a file was purged after a position in the log of purges; with None, it was not."""
+        purges = () if since is None else self.purges.since(since)
+        return purges is None or any(purge.covers(source, key) for purge in purges)
+
+    def _remove_all(self, purge: Purge) -> int:
+        """Remove the files that a purge covers, and return how many there were."""
         if purge.is_prefix:
             with self._files.listed() as entries:
                 names = [item.name for item in entries if META.fullmatch(item.name)]

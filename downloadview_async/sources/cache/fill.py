@@ -14,7 +14,6 @@ import anyio
 
 from downloadview_async.errors import (
     DownloadError,
-    FileMissing,
     SourceUnavailable,
     TransferAborted,
 )
@@ -72,9 +71,9 @@ class Fill:
         self.is_for_one = False
         """Whether the answer is uncacheable, so that only the first client may get it."""
         self.began = began
-        """The end of the log of purges before the source was asked."""
+        """The end of the log of purges before the source was asked for this file, or for its name."""
         self.is_purged = False
-        """Whether the file was purged since then, so that it is not kept."""
+        """Whether the file is known to have been purged since then, so that it is not kept."""
         self._before = before
         """Another fill of the same file that still arrives. The source is asked whether its version is current."""
         self._same: Fill | None = None
@@ -230,18 +229,13 @@ class Fill:
             is_same = failed_precondition(request, given) == 304 and is_current(known, given)
             if is_same and await self._confirmed(known, given, Received(date=now, at=now)):
                 return
-        try:
-            async with self._inner.open(request) as opened:
-                if known is None or failed_precondition(request, opened.metadata) != 304:
-                    await self._receive(opened)
-                    return
-                is_same = is_current(known, opened.metadata)
-                if is_same and await self._confirmed(known, opened.metadata, _received(opened)):
-                    return
-        except FileMissing:
-            if self._stale is not None:
-                await self._cache.forget(self.source, self.key, self._stale.data)
-            raise
+        async with self._inner.open(request) as opened:
+            if known is None or failed_precondition(request, opened.metadata) != 304:
+                await self._receive(opened)
+                return
+            is_same = is_current(known, opened.metadata)
+            if is_same and await self._confirmed(known, opened.metadata, _received(opened)):
+                return
         async with self._inner.open(GET) as opened:  # the 304 was for another version, or forbids to keep it
             await self._receive(opened)
 
@@ -258,7 +252,7 @@ class Fill:
         if max_age is None or not is_describable(self.source, self.key, entry):
             await self._cache.forget(self.source, self.key, known.data)
             return False
-        self.result = await self._cache.renew(self.source, self.key, entry)
+        self.result = await self._cache.renew(self, entry)
         return self.result is not None
 
     def _completed_meanwhile(self, known: Entry) -> Entry | None:

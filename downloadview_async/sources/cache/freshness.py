@@ -1,9 +1,10 @@
-"""The freshness lifetime of a copy, and the request that revalidates it (RFC 9111)."""
+"""The freshness lifetime of a copy, the request that revalidates it, and what an error says of it (RFC 9111, 5861)."""
 
 import re
 from collections.abc import Mapping
 from dataclasses import replace
 
+from downloadview_async.errors import FileError, UpstreamRefused
 from downloadview_async.http.dates import format_http_date, parse_delta_seconds, parse_http_date
 from downloadview_async.http.fields import TOKEN_CHAR
 from downloadview_async.http.metadata import FileMetadata
@@ -11,6 +12,9 @@ from downloadview_async.http.request import GET, DownloadRequest
 from downloadview_async.http.upstream import Received
 from downloadview_async.sources.base import OnDemand
 from downloadview_async.sources.cache.entry import Entry
+
+_FAILURES = frozenset({500, 502, 503, 504})  # "a situation that would result in a 500, 502, 503, or 504" [RFC 5861 4]
+_OF_THE_REQUEST = frozenset({408, 412, 425, 429})  # client errors that are not about the file
 
 _OF_A_304 = ("cache-control", "expires", "vary")
 
@@ -75,6 +79,21 @@ def _delta(directives: list[tuple[str, str]], name: str) -> float | None:
         return None
     value = values.pop()
     return 0.0 if values else float(parse_delta_seconds(value) or 0)
+
+
+def is_failure(exc: FileError) -> bool:
+    """Return whether a source has failed, so that a stale copy may be sent: stale-if-error [RFC 5861 4]."""
+    return exc.status in _FAILURES and not isinstance(exc, UpstreamRefused)
+
+
+def is_withdrawal(exc: FileError) -> bool:
+    """Return whether a source gives the file no longer, so that no stale copy may be sent.
+
+    Any answer but a 5xx takes the place of the kept one [RFC 9111 4.3.3], and so does a redirect to a host that may not
+    be requested.
+    """
+    status = exc.answered if isinstance(exc, UpstreamRefused) else exc.status
+    return status is None or (status < 500 and status not in _OF_THE_REQUEST)
 
 
 def updated(kept: FileMetadata, metadata: FileMetadata) -> FileMetadata:

@@ -28,7 +28,7 @@ from downloadview_async.sources.cache.directory import CacheDirectory
 from downloadview_async.sources.cache.entry import Entry, key_hash
 from downloadview_async.sources.cache.files import Part, protect
 from downloadview_async.sources.cache.fill import Fill
-from downloadview_async.sources.cache.freshness import stale_seconds
+from downloadview_async.sources.cache.freshness import is_failure, is_withdrawal, stale_seconds
 from downloadview_async.sources.cache.purges import Position, Purge
 from downloadview_async.sources.local.open_file import OpenLocalFile
 from downloadview_async.sources.local.open_file_cache import OpenFileCache
@@ -59,8 +59,6 @@ _GROW = 8 << 20  # bytes: the room that is reserved at a time for a file that ar
 _MAX_KNOWN = 16384
 _MAX_UNATTENDED = 4
 _THREADS = 4
-
-_ERRORS = frozenset({500, 502, 503, 504})  # "a situation that would result in a 500, 502, 503, or 504" [RFC 5861 4]
 
 StaleUse = Literal["stale-while-revalidate", "stale-if-error"]
 """Why a file that is not fresh is sent."""
@@ -129,7 +127,7 @@ class Cache:
     stale_while_revalidate: seconds after that in which it is sent at once and revalidated in the background, if the
     source names no others [RFC 5861 3].
     stale_if_error: seconds after that in which it is sent if the source fails, if the source names no others
-    [RFC 5861 4]. A source fails by an answer with the status 500, 502, 503 or 504, or by none.
+    [RFC 5861 4]. A source fails by no answer, by one that is not valid, or by one with the status 500, 502, 503 or 504.
 
     Raises `ConfigurationError` if the directory cannot be made or read, for an invalid number, and if aiofiles is not
     installed. A directory that is full, or that cannot be written to later, is not an error: files that are not in the
@@ -266,7 +264,7 @@ class Cache:
         newer = self.kept.get((source, key))
         if newer is not None and newer is not kept:  # it was kept during the look, which may have missed it
             return newer
-        if entry is not None and not self._is_purged(source, key, since=position):
+        if entry is not None and not self.directory.is_purged(source, key, since=position):
             return self.remember(source, key, entry, leased=now if is_leased else _NEVER)
         self.kept.pop((source, key), None)
         return None
@@ -312,10 +310,6 @@ class Cache:
             if is_purged(fill.source, fill.key):
                 fill.purge()
 
-    def _is_purged(self, source: str, key: str, *, since: Position) -> bool:
-        purges = self.directory.purges.since(since)
-        return purges is None or any(purge.covers(source, key) for purge in purges)
-
     def staleness(self, kept: Kept) -> StaleUse | None:
         """Return why a file that is not fresh may be sent without waiting for the source; None if it may not."""
         overdue = kept.entry.overdue(self.max_age)
@@ -324,12 +318,15 @@ class Cache:
             return "stale-while-revalidate"
         return "stale-if-error" if overdue < if_error and time.monotonic() < kept.retry else None
 
-    def replaces(self, kept: Kept, exc: FileError) -> bool:
+    async def replaces(self, kept: Kept, exc: FileError) -> bool:
         """Return whether a file that is not fresh may be sent because the source has failed.
 
-        If so, the source is not asked again at once.
+        If so, the source is not asked again at once. If the source gives the file no longer, it is removed.
         """
-        if exc.status not in _ERRORS or kept.entry.overdue(self.max_age) >= self._stale_seconds(kept)[1]:
+        if is_withdrawal(exc):
+            await self.forget(kept.source, kept.key, kept.entry.data)
+            return False
+        if not is_failure(exc) or kept.entry.overdue(self.max_age) >= self._stale_seconds(kept)[1]:
             return False
         self.catch_up()
         current = self.kept.get((kept.source, kept.key))
@@ -340,6 +337,13 @@ class Cache:
             logger.warning("the cached %s is sent although it is stale, as its source failed: %s", name, problem)
         current.retry = time.monotonic() + RETRY_SECONDS
         return True
+
+    def rest(self, kept: Kept, exc: Exception) -> None:
+        """Do not ask the source again at once, after an error of a revalidation in the background."""
+        seconds = RETRY_SECONDS
+        if isinstance(exc, FileError) and not is_failure(exc):  # then there is no stale-if-error: see `staleness`
+            seconds = min(seconds, self._stale_seconds(kept)[0] - kept.entry.overdue(self.max_age))
+        kept.retry = time.monotonic() + seconds
 
     def _stale_seconds(self, kept: Kept) -> tuple[float, float]:
         return stale_seconds(
@@ -432,24 +436,31 @@ class Cache:
         """Return whether a fill may go on without clients: a few may."""
         return sum(other.is_unattended for other in self._running if other is not fetch) < _MAX_UNATTENDED
 
-    def fetch(self, source: str, key: str, inner: AsyncFile | None, stale: Entry | None) -> "Fill | None":
-        """Return the fill of a file: one that is running, or with `inner` a new one (single-flight).
+    def running(self, source: str, key: str) -> "Fill | None":
+        """Return the fill of a file that is running and can be joined."""
+        fill = self._fetches.get((asyncio.get_running_loop(), source, key))
+        return fill if fill is not None and fill.is_fresh else None
 
-        A running fill whose answer is not fresh any more is joined only after the source has confirmed it.
+    def fetch(self, source: str, key: str, inner: AsyncFile, stale: Entry | None, *, began: Position) -> "Fill":
+        """Return the fill of a file: one that is running, or a new one (single-flight).
+
+        A running fill whose answer is not fresh any more is joined only after the source has confirmed it. began: the
+        end of the log of purges before the source was asked for `inner`.
         """
         place = asyncio.get_running_loop(), source, key
         fill, before = self._fetches.get(place), None
         if fill is not None and not fill.is_fresh:
             before = fill.arrives
             fill = None
-        if fill is None and inner is not None:
+        if fill is None:
             enlisted = self._names.get(source)
             algorithms = () if enlisted is None else enlisted.digests
-            began = self.directory.purges.position()
             fill = self._fetches[place] = Fill(self, source, key, inner, stale, before, algorithms, began=began)
             self._running.add(fill)
             fill.start()
             fill.task.add_done_callback(partial(self._ended, fill))
+            if self.directory.is_purged(source, key, since=began):  # before the fill began
+                fill.purge()
         return fill
 
     def _ended(self, fetch: "Fill", task: asyncio.Task[None]) -> None:
@@ -498,15 +509,19 @@ class Cache:
             return newer
         commit = partial(self.directory.commit, part, fill.source, fill.key, entry, began=fill.began)
         is_kept = await self._attempt(commit)
-        if is_kept is False:
+        if self.directory.is_purged(fill.source, fill.key, since=fill.began):  # before, or right after it was kept
             fill.purge()
+            return None
         return self.remember(fill.source, fill.key, entry) if is_kept else None
 
-    async def renew(self, source: str, key: str, entry: Entry) -> Kept | None:
+    async def renew(self, fill: Fill, entry: Entry) -> Kept | None:
         """Note that a file is still current, with its new description; None if it has been removed or replaced."""
-        if await self._attempt(self.directory.renew, source, key, entry) is False:
+        renew = partial(self.directory.renew, fill.source, fill.key, entry, began=fill.began)
+        is_current = await self._attempt(renew)
+        if self.directory.is_purged(fill.source, fill.key, since=fill.began):
+            fill.purge()
             return None
-        return self.remember(source, key, entry)
+        return None if is_current is False else self.remember(fill.source, fill.key, entry)
 
     async def open_to_write(self, part: Part) -> Any:
         """Return a part as an aiofiles file, to write to."""

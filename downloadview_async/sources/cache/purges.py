@@ -1,7 +1,8 @@
 """`PurgeLog`: what was purged from a cache. All processes and running fills learn of a purge from this file.
 
 At each request, a process compares the length of the file with the one that it has read up to: this costs one `fstat`.
-A fill keeps the length at its beginning, and what it has fetched is not kept if a later line covers the file.
+A fill knows the length from before its source was asked, and what it has fetched is not kept if a later line covers the
+file.
 """
 
 import errno
@@ -80,13 +81,17 @@ class PurgeLog:
         """Add a line. Only the holder of the directory's lock may call it. Raises `OSError`."""
         line = json.dumps([purge.source, purge.name, purge.is_prefix]).encode() + b"\n"
         if self.position()[1] > MAX_BYTES:
-            os.unlink(_NAME, dir_fd=self._directory)
+            self._remove()
             line = _REPLACED + line
         with self._turn:
             self._open(os.O_CREAT)
             assert self._descriptor is not None
             if os.write(self._descriptor, line) != len(line):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def _remove(self) -> None:
+        with suppress(FileNotFoundError):
+            os.unlink(_NAME, dir_fd=self._directory)
 
     def _reopen(self) -> None:
         with self._turn, suppress(OSError):
@@ -97,7 +102,7 @@ class PurgeLog:
         try:
             descriptor = os.open(_NAME, _FLAGS | create, 0o600, dir_fd=self._directory)
         except PermissionError:  # another user made it
-            os.unlink(_NAME, dir_fd=self._directory)
+            self._remove()
             descriptor = os.open(_NAME, _FLAGS | os.O_CREAT, 0o600, dir_fd=self._directory)
             os.write(descriptor, _REPLACED)
         if self._descriptor is None:

@@ -28,7 +28,9 @@ from downloadview_async.sources.base import (
     pass_listing_on,
 )
 from downloadview_async.sources.cache.fill import Fill
-from downloadview_async.sources.cache.index import RETRY_SECONDS, Cache, Kept
+from downloadview_async.sources.cache.freshness import is_withdrawal
+from downloadview_async.sources.cache.index import Cache, Kept
+from downloadview_async.sources.cache.purges import Position
 from downloadview_async.sources.local.open_file import OpenLocalFile
 
 MAX_AHEAD = 8 << 20
@@ -97,16 +99,17 @@ class CachedSource:
                     cache.revalidate_soon(kept)
                     ttl = -math.ceil(kept.entry.overdue(cache.max_age))
                     return KeptFile(self, kept, f"{_HIT}; ttl={ttl}; detail={reason}")
+                began = cache.directory.purges.position()
                 try:
                     inner = await self.source.resolve(name)
                 except FileError as exc:
-                    if kept is None or not cache.replaces(kept, exc):
+                    if kept is None or not await cache.replaces(kept, exc):
                         raise
                     cache.counts["revalidated"] += 1
                     return KeptFile(self, kept, _STALE_IF_ERROR)
                 if not _is_keepable(inner):
                     return inner
-                return CachedFile(cache, self.name, name, inner, stale=kept)
+                return CachedFile(cache, self.name, name, inner, stale=kept, began=began)
         cache.counts["hits"] += 1
         kept.used = now
         if kept.file is None:
@@ -117,34 +120,43 @@ class CachedSource:
         """Remove a file from the cache, or with `is_prefix` all whose names begin with `name`.
 
         Returns how many files there were. Requests that come afterwards, in all processes that share the directory, ask
-        the source. Running answers get the rest of their files, but what is being fetched for them is not kept. The
-        prefix is compared letter by letter: `v1` is also the beginning of `v10/a`; an empty one covers all files.
+        the source. Running answers get the rest of their files, but what the source was asked for before is not kept.
+        The prefix is compared letter by letter: `v1` is also the beginning of `v10/a`; an empty one covers all files.
 
         Raises `FileMissing` for a name that no file can have, `SourceUnavailable` if the disk fails.
         """
-        if not is_prefix and self._canonical is not None:
-            name = self._canonical(name)
-        return await self.cache.purge(self.name, name.lstrip("/") if is_prefix else name, is_prefix=is_prefix)
+        if self._canonical is not None:
+            name = self._canonical_prefix(name) if is_prefix else self._canonical(name)
+        return await self.cache.purge(self.name, name, is_prefix=is_prefix)
+
+    def _canonical_prefix(self, prefix: str) -> str:
+        """Return the beginning of the canonical forms of all names that begin with a prefix."""
+        assert self._canonical is not None
+        name = self._canonical(f"{prefix}-")  # no name that is reserved ends so, nor does a folder
+        return name[:-1] if name.endswith("-") else prefix
 
     async def revalidate(self, kept: Kept) -> None:
         """Ask the source whether a kept file is still current, and fetch it if it is not: for `Cache`."""
         cache = self.cache
+        began = cache.directory.purges.position()
         try:
             inner = await self.source.resolve(kept.key)
             if not _is_keepable(inner):
                 await cache.forget(self.name, kept.key, kept.entry.data)
                 return
-            fetch = cache.fetch(self.name, kept.key, inner, kept.entry)
-            assert fetch is not None
+            fetch = cache.fetch(self.name, kept.key, inner, kept.entry, began=began)
             async with fetch.joined() as (fetch, arriving):
                 if arriving is not None:
                     arriving.position = None  # it reads nothing
                 if not fetch.is_for_one:
                     await fetch.settled()
-        except FileMissing:
-            await cache.forget(self.name, kept.key, kept.entry.data)
         except Exception as exc:  # a source may raise anything
-            kept.retry = time.monotonic() + RETRY_SECONDS
+            if isinstance(exc, FileError) and is_withdrawal(exc):
+                await cache.forget(self.name, kept.key, kept.entry.data)
+            else:
+                cache.rest(kept, exc)
+            if isinstance(exc, FileMissing):
+                return
             problem = escaped(f"{type(exc).__name__}: {exc}")
             logger.warning("the cached %s cannot be revalidated: %s", shown(kept.entry.name), problem)
 
@@ -214,16 +226,32 @@ class KeptFile:
                 return
         is_counted, kept.is_gone = kept.is_gone, True
         await source.cache.forget(kept.source, kept.key, kept.entry.data)
+        began = source.cache.directory.purges.position()
         inner = await source.source.resolve(kept.key)
-        again = CachedFile(source.cache, kept.source, kept.key, inner, is_counted=is_counted)
+        again = CachedFile(source.cache, kept.source, kept.key, inner, began=began, is_counted=is_counted)
         async with again.open(request) as fetched:
             yield fetched
 
 
 class CachedFile:
-    """A file of a `CachedSource` that is not in the cache, or not fresh. It has a location once it is both."""
+    """A file of a `CachedSource` that is not in the cache, or not fresh. It has a location once it is both.
 
-    __slots__ = ("_cache", "_inner", "_is_counted", "_kept", "_key", "_source", "_stale", "cache_status", "name")
+    began: the end of the log of purges before the source was asked for `inner`.
+    """
+
+    __slots__ = (
+        "_began",
+        "_cache",
+        "_inner",
+        "_is_counted",
+        "_is_purged",
+        "_kept",
+        "_key",
+        "_source",
+        "_stale",
+        "cache_status",
+        "name",
+    )
 
     def __init__(
         self,
@@ -232,6 +260,7 @@ class CachedFile:
         key: str,
         inner: AsyncFile,
         *,
+        began: Position,
         stale: Kept | None = None,
         is_counted: bool = False,
     ) -> None:
@@ -242,6 +271,8 @@ class CachedFile:
         self._source = source
         self._key = key
         self._inner = inner
+        self._began = began
+        self._is_purged = False
         self._stale = stale
         self._kept: Kept | None = None
         self._is_counted = is_counted
@@ -262,7 +293,7 @@ class CachedFile:
             try:
                 opened = await stack.enter_async_context(self._open(request))
             except FileError as exc:
-                if stale is None or not self._cache.replaces(stale, exc):
+                if stale is None or not await self._cache.replaces(stale, exc):
                     raise
                 local = await stack.enter_async_context(self._cache.open(stale))
                 if local is None:
@@ -293,10 +324,9 @@ class CachedFile:
                     self.cache_status = reason
                     yield passed
                     return
-            running = cache.fetch(source, key, None, None)
+            running = cache.running(source, key)
             stale = None if self._stale is None else self._stale.entry
-            fetch = cache.fetch(source, key, self._inner, stale)
-            assert fetch is not None
+            fetch = cache.fetch(source, key, self._inner, stale, began=self._began)
             is_collapsed = fetch is running
             async with fetch.joined() as (fetch, arriving):
                 if fetch.is_for_one and (arriving is None or _are_parts(request, arriving.metadata)):
@@ -311,7 +341,7 @@ class CachedFile:
                 if arriving is not None:
                     arriving.position = None
                 await fetch.settled()
-            self._kept, status = fetch.result, reason
+            self._kept, status, self._is_purged = fetch.result, reason, fetch.is_purged
             if stale is not None and fetch.result is not None and fetch.result.entry.data == stale.data:
                 status = f"{CACHE_NAME}; fwd=stale; fwd-status=304"
         raise SourceUnavailable(f"{self.name!r} does not stay in the cache")
@@ -330,14 +360,16 @@ class CachedFile:
     async def _passed(self, request: DownloadRequest) -> AsyncIterator[OpenFile | None]:
         """Open the file of the source itself if the cache does not help, else give None.
 
-        It does not help with a HEAD of a file that is not being fetched, with an uncacheable file, and with a range
-        that begins far after the bytes that have arrived, if the source has ranges and nothing is kept.
+        It does not help with a HEAD of a file that is not being fetched, with a file that is uncacheable, or was purged
+        while the source was asked, and with a range that begins far after the bytes that have arrived, if the source
+        has ranges and nothing is kept.
         """
         cache, source, key, inner = self._cache, self._source, self._key, self._inner
-        fetch = cache.fetch(source, key, None, None)
+        fetch = cache.running(source, key)
         # a kept file that the source confirms has any range
         is_far = self._stale is None and on_demand_of(inner) is None and _is_far(request, fetch)
-        if not (is_far or (fetch is None and (request.method == "HEAD" or cache.is_refused(source, key)))):
+        is_uncacheable = self._is_purged or cache.is_refused(source, key)
+        if not (is_far or (fetch is None and (request.method == "HEAD" or is_uncacheable))):
             yield None
             return
         async with inner.open(request) as opened:

@@ -10,7 +10,7 @@ from typing import Any, Self
 
 import anyio
 
-from downloadview_async.errors import ConfigurationError, UpstreamError, wrong_type
+from downloadview_async.errors import ConfigurationError, UpstreamRefused, wrong_type
 from downloadview_async.http.fields import TOKEN_CHAR
 from downloadview_async.sources.remote.http1 import Client, Response
 from downloadview_async.sources.remote.httpx_client import HttpxClient, HttpxResponse
@@ -108,12 +108,12 @@ class Upstream:
     def _check(self, origin: str, url: Any) -> None:
         first = parse_url(origin)
         if url.scheme != "https" and (first.scheme == "https" or url.scheme != "http"):
-            raise UpstreamError(f"{origin!r} leads to the scheme {url.scheme!r}, which is not allowed")
+            raise UpstreamRefused(f"{origin!r} leads to the scheme {url.scheme!r}, which is not allowed")
         if url.userinfo or not self._hosts.permits(url.host):
-            raise UpstreamError(f"{origin!r} leads to {url.host!r}: list the host in allow_hosts if that is intended")
+            raise UpstreamRefused(f"{origin!r} leads to {url.host!r}: list the host in allow_hosts if that is intended")
         # An allowed host may only be asked for files, not for other services on other ports.
         if url.port is not None and url.port not in (first.port, 80, 443):
-            raise UpstreamError(f"{origin!r} leads to port {url.port} of {url.host!r}, which is not allowed")
+            raise UpstreamRefused(f"{origin!r} leads to port {url.port} of {url.host!r}, which is not allowed")
 
 
 def _span(method: str, url: str) -> AbstractContextManager[Note]:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from time import monotonic
 
-from downloadview_async.errors import UpstreamError, UpstreamTimeout
+from downloadview_async.errors import UpstreamError, UpstreamRefused, UpstreamTimeout
 from downloadview_async.http.chunked import Dechunker
 from downloadview_async.http.response_head import END_OF_HEAD, MAX_HEAD, ResponseHead, parse_response_head
 from downloadview_async.sources.remote.network import Connection
@@ -94,7 +94,7 @@ class Client:
                 fields = {name: value for name, value in fields.items() if name not in _FOR_ONE_SERVER}
             place = following
             await response.settle()
-        raise UpstreamError(f"{url!r} redirects more than {MAX_REDIRECTS} times")
+        raise UpstreamRefused(f"{url!r} redirects more than {MAX_REDIRECTS} times")
 
     async def aclose(self) -> None:
         """Close the idle connections, and the others when their responses end."""

@@ -7,7 +7,7 @@ from typing import Any
 
 import anyio
 
-from downloadview_async.errors import FileError, SourceUnavailable, UpstreamError, UpstreamTimeout
+from downloadview_async.errors import FileError, SourceUnavailable, UpstreamError, UpstreamRefused, UpstreamTimeout
 from downloadview_async.http.upstream import joined_fields
 from downloadview_async.sources.remote.http1 import MAX_REDIRECTS, MAX_REST, REST_SECONDS
 
@@ -75,7 +75,7 @@ class HttpxClient:
                 return HttpxResponse(response)
             request = response.next_request
             await HttpxResponse(response).settle()
-        raise UpstreamError(f"{url!r} redirects more than {MAX_REDIRECTS} times")
+        raise UpstreamRefused(f"{url!r} redirects more than {MAX_REDIRECTS} times")
 
     async def aclose(self) -> None:
         """Do nothing: the owner of the client closes it."""

@@ -15,7 +15,7 @@ from time import monotonic
 
 import anyio
 
-from downloadview_async.errors import UpstreamError, UpstreamTimeout
+from downloadview_async.errors import UpstreamError, UpstreamRefused, UpstreamTimeout
 from downloadview_async.sources.remote.network import Connection, connect
 from downloadview_async.sources.remote.urls import ascii_host
 from downloadview_async.sources.workers import Workers
@@ -100,12 +100,12 @@ class Network:
     async def connect(self, host: str, port: int, *, is_secure: bool, deadline: float) -> Connection:
         """Return a connection, with TLS if it has to be secure.
 
-        Raises `UpstreamError` for a host or an address that is not allowed, and for a connection that cannot be made;
-        `UpstreamTimeout` at the deadline, a time of `time.monotonic`.
+        Raises `UpstreamRefused` for a host or an address that is not allowed, `UpstreamError` for a connection that
+        cannot be made, and `UpstreamTimeout` at the deadline, a time of `time.monotonic`.
         """
         addresses = await self._look_up(host, deadline)
         if not self._hosts.permits(host) or not self._hosts.permits_addresses(host, addresses):
-            raise UpstreamError(
+            raise UpstreamRefused(
                 f"{host!r} has the address {', '.join(map(str, addresses))}, which is not allowed: list the host in "
                 "allow_hosts if this source is meant to reach it"
             )
