@@ -1,6 +1,7 @@
 """What each kind of request costs: CPU seconds of the replicas, commands of Redis, and requests to the store."""
 
 import asyncio
+import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -97,6 +98,7 @@ async def redis_info(port: int) -> dict[str, str]:
 async def measure(site: Site, seconds: float) -> list[Cost]:
     """Return what each kind of request costs, each measured for so many seconds."""
     site.put("warm.bin")
+    _separate(site)
     driver = Driver(site.port)
     await driver.fetch(driver.download("cost", "/cold/warm.bin", "warm.bin"))
     idle = await _idle(site, 4.0)
@@ -105,6 +107,18 @@ async def measure(site: Site, seconds: float) -> list[Cost]:
         await _run(driver, make, site, 0.5)
         costs.append(await _measure(site, kind, make, seconds, driver, idle))
     return costs
+
+
+def _separate(site: Site) -> None:
+    """Give the replicas one core and all else, which includes this process, the others.
+
+    The benchmark measures in the same way. A process that moves between cores which others use, too, takes more of
+    their time for the same work.
+    """
+    first, *others = sorted(os.sched_getaffinity(0))
+    for node in site.nodes.values():
+        node.pin({first} if node in site.replicas or not others else others)
+    os.sched_setaffinity(0, others or {first})
 
 
 async def _run(driver: Driver, make: Make, site: Site, seconds: float) -> list[Download]:

@@ -6,7 +6,7 @@ import os
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -107,14 +107,24 @@ class Node:
                 os.killpg(self.process.pid, signal.SIGKILL)
             self.process.wait()
 
+    def pin(self, cores: Collection[int]) -> None:
+        """Have all threads of the process and its children, and those that they start, run on these cores alone."""
+        for pid in self._pids():
+            for thread in Path(f"/proc/{pid}/task").iterdir():
+                with contextlib.suppress(ProcessLookupError):  # it has ended
+                    os.sched_setaffinity(int(thread.name), cores)
+
     def cpu_seconds(self) -> float:
         """Return the CPU seconds that the process and its children, which still run, have taken."""
-        pids = [self.pid]
-        with contextlib.suppress(OSError):
-            pids += map(int, Path(f"/proc/{self.pid}/task/{self.pid}/children").read_text().split())
         total = 0
-        for pid in pids:
+        for pid in self._pids():
             with contextlib.suppress(OSError):
                 fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
                 total += int(fields[11]) + int(fields[12])
         return total / os.sysconf("SC_CLK_TCK")
+
+    def _pids(self) -> list[int]:
+        pids = [self.pid]
+        with contextlib.suppress(OSError):
+            pids += map(int, Path(f"/proc/{self.pid}/task/{self.pid}/children").read_text().split())
+        return pids
