@@ -279,7 +279,19 @@ def _prime(server: Running) -> str:
     if server.server.primed:
         with connect(server.port, tls=server.tls) as connection:
             read_body(connection, ask(connection, path))
+        _wait_until_kept(server, path)
     return path
+
+
+def _wait_until_kept(server: Running, path: str) -> None:
+    """Return when a cache has the file, which may be a while after the client has it; at once without Cache-Status."""
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        with connect(server.port, tls=server.tls) as connection:
+            if "hit" in ask(connection, path).headers.get("cache-status", "hit"):
+                return
+        time.sleep(0.1)
+    raise LoadError(f"{path} was not kept")
 
 
 def _several(server: Running, scale: Scale, core: int, clients: int, *, rate: float | None = None) -> float:

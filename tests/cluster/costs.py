@@ -2,18 +2,23 @@
 
 import asyncio
 import os
+import socket
 import time
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from itertools import count
 
+from benchmarks.load import read_body, read_head
 from tests.cluster.contents import SHARED
 from tests.cluster.driver import Download, Driver
 from tests.cluster.invariants import Logs
+from tests.cluster.nodes import PATIENCE
 from tests.cluster.site import Site
 
 GIB = 1 << 30
-CLIENTS = 12
+AT_ONCE = 8
+"""Requests that are made together, for each replica."""
 
 
 @dataclass(frozen=True)
@@ -121,20 +126,43 @@ def _separate(site: Site) -> None:
     os.sched_setaffinity(0, others or {first})
 
 
-async def _run(driver: Driver, make: Make, site: Site, seconds: float) -> list[Download]:
+async def _run(driver: Driver, make: Make, site: Site, seconds: float) -> list[int]:
+    """Have clients ask for so long, and return how many bytes each answer has had."""
+    return await asyncio.to_thread(_ask, driver, make, site, seconds)
+
+
+def _ask(driver: Driver, make: Make, site: Site, seconds: float) -> list[int]:
+    """Ask several times at once, so that a replica is as busy as a server of the benchmark."""
     ends, numbers, sign = time.monotonic() + seconds, count(), site.signer().sign
-    done: list[Download] = []
-
-    async def client() -> None:
+    sizes: list[int] = []
+    with ExitStack() as stack:
+        sockets = [stack.enter_context(_connection(site, "127.0.0.1")) for _ in range(AT_ONCE * site.size)]
         while time.monotonic() < ends:
-            got = await driver.fetch(make(driver, next(numbers), sign))
-            assert got.result == "complete", got
-            done.append(got)
+            with ExitStack() as others:
+                turn = []
+                for sock in sockets:
+                    wanted = make(driver, next(numbers), sign)
+                    if wanted.address != "127.0.0.1":
+                        sock = others.enter_context(_connection(site, wanted.address))
+                    sock.sendall(_request(wanted))
+                    turn.append((sock, wanted))
+                for sock, wanted in turn:
+                    head = read_head(sock, wanted.path)
+                    assert head.status == (200 if wanted.is_whole else 206), (wanted, head)
+                    read_body(sock, head)
+                    sizes.append(head.length)
+    return sizes
 
-    async with asyncio.TaskGroup() as group:
-        for _ in range(CLIENTS):
-            group.create_task(client())
-    return done
+
+def _connection(site: Site, address: str) -> socket.socket:
+    return socket.create_connection(("127.0.0.1", site.port), PATIENCE, source_address=(address, 0))
+
+
+def _request(wanted: Download) -> bytes:
+    fields = [f"GET {wanted.path} HTTP/1.1", "Host: cluster", f"User-Agent: {wanted.agent}"]
+    if not wanted.is_whole:
+        fields.append(f"Range: bytes={wanted.first}-{wanted.last}")
+    return "\r\n".join([*fields, "", ""]).encode()
 
 
 def _cpu(site: Site) -> dict[str, float]:
@@ -152,7 +180,7 @@ async def _idle(site: Site, seconds: float) -> dict[str, float]:
 async def _measure(site: Site, kind: str, make: Make, seconds: float, driver: Driver, idle: dict[str, float]) -> Cost:
     await asyncio.sleep(1.0)  # what is written in the background, such as completions
     logs, before, info, began = Logs(site), _cpu(site), await redis_info(site["redis"].port), time.monotonic()
-    done = await _run(driver, make, site, seconds)
+    sizes = await _run(driver, make, site, seconds)
     took = time.monotonic() - began
     await asyncio.sleep(1.0)
     after, now = _cpu(site), await redis_info(site["redis"].port)
@@ -162,8 +190,8 @@ async def _measure(site: Site, kind: str, make: Make, seconds: float, driver: Dr
     return Cost(
         kind,
         site.size,
-        len(done),
-        sum(attempt.received for one in done for attempt in one.attempts),
+        len(sizes),
+        sum(sizes),
         took,
         sum(replicas),
         used["front"],
