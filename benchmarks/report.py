@@ -353,6 +353,9 @@ def comparison(now: Mapping[str, Any], before: Mapping[str, Any] | None) -> str:
     worse = worse_than_before(now["figures"], before["figures"], rows)
     if not worse:
         return f"No row is worse than in the run of {date}, by more than what the rounds of both differ.{rest}"
+    cpu = before["machine"]["cpu"]
+    if cpu != now["machine"]["cpu"]:
+        rest += f" That run was on another processor ({cpu}), which has a part in the differences."
     lines = [[row.row.title, f"{row.before:.2f}", f"{row.now:.2f}", f"{row.tolerance:.2f}"] for row in worse]
     return f"Worse than in the run of {date}:{rest}\n\n" + table(["row", "before", "now", "tolerance"], lines)
 
