@@ -19,7 +19,7 @@ from starlette.types import Message
 from downloadview_async.asgi.loan import Batches, Lendable, LentFile
 from downloadview_async.asgi.transfer import chunks_of, exactly
 from downloadview_async.asgi.uvicorn.sockets import has_hung_up, queue_limit, socket_number, untaken_bytes
-from downloadview_async.asgi.uvicorn.turns import turn
+from downloadview_async.asgi.uvicorn.turns import is_awaited, turn
 from downloadview_async.asgi.uvicorn.watchdog import Watched, start_watching, stop_watching
 from downloadview_async.errors import FileError, TransferAborted
 from downloadview_async.http.metadata import ByteRange
@@ -30,6 +30,7 @@ from downloadview_async.sources.local.refused_calls import Refusals
 from downloadview_async.sources.workers import MID_TRANSFER
 
 _WINDOW = CHUNK_SIZE  # bytes that are sent in one turn, while other clients wait
+_ALONE = 4 * _WINDOW  # and while none does
 # Bytes that go through the transport when the socket is full: the transport then waits for the client. Where `sendfile`
 # goes on answering EAGAIN although the transport sends all, they double each time.
 _FEW = 128
@@ -107,7 +108,7 @@ async def send_file(connection: Sending, cycle: Answer, message: Message) -> Non
     pages_end = 0  # up to where `sendfile` has sent pages
     is_copying = False
     connection.file_sent = 0
-    few = _FEW
+    few, window = _FEW, _WINDOW
     socket_of_pieces: socket.socket | None = None
     try:
         if cycle.disconnected:
@@ -169,7 +170,7 @@ async def send_file(connection: Sending, cycle: Answer, message: Message) -> Non
                     await turn(loop)
                     in_turn = 0
                     continue
-                length, by_transport = min(count, _WINDOW), 0
+                length, by_transport = min(count, window), 0
                 if not is_copying and file.is_quick and file.is_recent():  # else it is not looked at again
                     is_copying = promised - given <= max(_WINDOW, queue_limit(connection))
                 chunk: memoryview | bytes | None = None
@@ -229,7 +230,8 @@ async def send_file(connection: Sending, cycle: Answer, message: Message) -> Non
                 offset += sent
                 given += sent
                 count -= sent
-                if in_turn >= _WINDOW and given < promised:
+                if in_turn >= window and given < promised:
+                    window = _WINDOW if is_awaited(loop) else _ALONE
                     await turn(loop)
                     in_turn = 0
             if count:

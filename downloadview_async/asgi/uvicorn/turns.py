@@ -25,6 +25,11 @@ def turn(loop: asyncio.AbstractEventLoop) -> "asyncio.Future[None]":
     return future
 
 
+def is_awaited(loop: asyncio.AbstractEventLoop) -> bool:
+    """Return whether a download waits for its turn."""
+    return _queues.get(loop) is not None
+
+
 def _give_turn(loop: asyncio.AbstractEventLoop, queue: _Queue) -> None:
     while queue:
         future = queue.popleft()
