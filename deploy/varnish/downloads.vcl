@@ -22,7 +22,8 @@ acl purgers {
 }
 
 sub vcl_init {
-    # Requests for one path go to one replica. Add a line for each replica.
+    # Requests for one path go to one replica. Add a backend above and a line here for each
+    # replica.
     new replicas = directors.shard();
     replicas.add_backend(replica1);
     replicas.reconfigure();

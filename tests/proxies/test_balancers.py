@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 import downloadview_async as dv
+from downloadview_async.asgi.server import DownloadProtocol
 from downloadview_async.offload.balancers import haproxy as haproxy_module
 from downloadview_async.service.app import build
 from downloadview_async.service.proxy_config import balancer_config_for, config_for
@@ -25,6 +26,8 @@ from tests.service.pods import TOOLS
 from tests.sources.test_cached import Origin
 
 pytestmark = [pytest.mark.asyncio, pytest.mark.slow]
+LOCAL = '[sources.files]\ntype = "path"\nroot = "."\n[[routes]]\npath = "/local/{path:path}"\nsource = "files"\n'
+BEHIND_NGINX = f'{LOCAL}[offload]\nbackend = "nginx"\n'
 BALANCERS = ["nginx", "haproxy", "envoy"]
 HAPROXY_REMEDY = "HAProxy: haproxy is not installed; apt-get install haproxy"
 ENVOY_REMEDY = "Envoy: its program is not installed; make deploy-tools"
@@ -282,3 +285,60 @@ async def test_refusals(options: dict[str, Any], message: str) -> None:
 async def test_other_proxies_take_one_service() -> None:
     with pytest.raises(dv.ConfigurationError, match="Caddy cannot choose a replica by the path alone"):
         dv.proxy_config("caddy", [], service=["127.0.0.1:8000", "127.0.0.1:8001"])
+
+
+@pytest.mark.parametrize("balancer, setting", [("nginx", "proxy_read_timeout"), ("haproxy", "timeout server")])
+async def test_a_replica_that_hangs_is_left_for_another_one(tmp_path: Path, balancer: str, setting: str) -> None:
+    hung: list[bytes] = []
+
+    async def hang(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        head = await reader.readuntil(b"\r\n\r\n")
+        if b"/-/" in head:
+            writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n")
+        else:
+            hung.append(head)
+            await reader.read()
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"5")]})
+        await send({"type": "http.response.body", "body": b"right"})
+
+    def edit(text: str) -> str:  # 11 seconds: nginx may not have a limit for all tries that is shorter than this
+        assert f"{setting} 300s" in text
+        return text.replace(f"{setting} 300s", f"{setting} {11 if balancer == 'nginx' else 1}s")
+
+    settings = load(tmp_path, BEHIND_NGINX if balancer == "nginx" else "")
+    async with AsyncExitStack() as stack:
+        hanging = await stack.enter_async_context(answering(hang))
+        services = [hanging, await stack.enter_async_context(live(app, lifespan="off"))]
+        port = await stack.enter_async_context(balanced(balancer, services, settings, edit=edit))
+        answers = await asyncio.gather(*[ask(port, f"/files/{name}") for name in NAMES])
+        assert {(answer.status, answer.body) for answer in answers} == {(200, b"right")}
+    assert hung
+
+
+async def test_haproxy_probes_the_proxies_in_front_of_the_replicas(tmp_path: Path) -> None:
+    probes: list[bytes] = []
+    probed = asyncio.Event()
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        if scope["path"] == "/-/livez":
+            probes.append(dict(scope["headers"])[b"host"])
+            if len(probes) > 4:
+                probed.set()
+        await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"5")]})
+        await send({"type": "http.response.body", "body": b"right"})
+
+    def edit(text: str) -> str:
+        assert "/-/livez" in text
+        return text.replace("default-server ", "default-server inter 100ms ")
+
+    settings = load(tmp_path, BEHIND_NGINX)
+    async with AsyncExitStack() as stack:
+        proxies = []
+        for _ in range(2):
+            service = await stack.enter_async_context(live(app, lifespan="off", http=DownloadProtocol))
+            proxies.append(await stack.enter_async_context(balanced("nginx", [service], settings)))
+        port = await stack.enter_async_context(balanced("haproxy", proxies, settings, edit=edit))
+        await asyncio.wait_for(probed.wait(), 30)
+        assert {(await ask(port, f"/files/{name}")).body for name in NAMES} == {b"right"}
