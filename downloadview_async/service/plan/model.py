@@ -11,8 +11,8 @@ from itertools import chain
 from downloadview_async import ConfigurationError
 from downloadview_async.service.plan.costs import Costs
 
-KEEP_ALIVE = 5.0
-"""The seconds for which a connection stays open after its download: the default of `timeout_keep_alive`."""
+_KEEP_ALIVE = 5.0  # seconds: the default of `timeout_keep_alive`
+_KEEP_ALIVE_OF_NGINX = 30.0  # seconds: `keepalive_timeout` of the printed configuration
 
 _GIB = 1 << 30
 _DAY = 86_400
@@ -248,9 +248,14 @@ def _network(load: Load, machine: Machine) -> Need:
     return Need("network", terms, machine.network * machine.use, f"{machine.network * 8e-9:g} Gbit/s x {machine.use:g}")
 
 
+def keep_alive(load: Load) -> float:
+    """Return for how many seconds a client's connection stays open after its download."""
+    return _KEEP_ALIVE_OF_NGINX if load.send == "nginx" else _KEEP_ALIVE
+
+
 def _connections(load: Load) -> float:
     """Return how many connections are open: those of downloads, and those that wait for another request."""
-    idle = load.requests * KEEP_ALIVE if load.connects_anew else 0.0
+    idle = load.requests * keep_alive(load) if load.connects_anew else 0.0
     return (load.clients if WAYS[load.send].holds else 0.0) + idle
 
 

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from downloadview_async.service.plan.costs import Costs
-from downloadview_async.service.plan.model import KEEP_ALIVE, WAYS, Load, Machine, Need, Plan, Term
+from downloadview_async.service.plan.model import WAYS, Load, Machine, Need, Plan, Term, keep_alive
 
 _UNITS = {"bytes": ("B", 1.0), "bytes/s": ("bit/s", 8.0)}
 _SCALES = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
@@ -96,7 +96,7 @@ def _inputs(load: Load, machine: Machine) -> Iterator[str]:
         f"{machine.use:.0%} of each may be used"
     )
     if load.connects_anew:
-        yield f"Each download has a new connection, which stays open for {KEEP_ALIVE:g} s afterwards"
+        yield f"Each download has a new connection, which stays open for {keep_alive(load):g} s afterwards"
 
 
 def _machines(need: Need) -> str:
