@@ -39,8 +39,8 @@ All of them are the real programs, each on a port of this machine:
 
 - **The front** is nginx with the configuration that `downloadview config nginx` prints, or HAProxy. In nginx, the
   upstream has three servers in place of one, `proxy_read_timeout` is 2 seconds and `proxy_connect_timeout` 1 second.
-  It retries as it does by default, and sends local files by X-Accel-Redirect. HAProxy has a configuration of the tests: it asks
-  `/-/livez`, and repeats a request that got no answer within 2 seconds.
+  It retries as it does by default, and sends local files by X-Accel-Redirect. HAProxy has a configuration of the
+  tests: it asks `/-/livez`, and repeats a request that got no answer within 2 seconds.
 - **Three replicas** of `downloadview serve` share a directory of files, the keys of links, Redis and PostgreSQL. Redis
   has the uses of links and the quotas (`appendonly yes`), and PostgreSQL has the completed downloads.
 - **SeaweedFS** is the object store: a master, two volume servers with two copies of each object, a filer, and a gateway
@@ -84,8 +84,8 @@ how often the first two occurred.
   after `drain_seconds`, so the balancer has to repeat requests that found no connection, as both do here.
 - Redis needs `appendonly yes` and `maxmemory-policy noeviction`, so that no use of a link is forgotten. With
   `when_store_fails = "refuse"`, no quota is exceeded while Redis is gone: requests that need it get 503 instead.
-- Replace a key in three steps: add the new key as the last line of the file of each replica and reload all of them, then
-  make it the first line, and remove the old one when its links have expired.
+- Replace a key in three steps: add the new key as the last line of the file of each replica and reload all of
+  them, then make it the first line, and remove the old one when its links have expired.
 - Each cached file is in one cache, by the hash of its URL. If a cache is lost, its files are fetched once more. When it
   is back, nginx sends requests to it again after `fail_timeout`.
 

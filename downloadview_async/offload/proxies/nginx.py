@@ -126,9 +126,9 @@ _HASH = """\
         hash $uri consistent;
 """
 _RETRIES = """\
-            # If a replica cannot be reached, ends without an answer, or begins none within `proxy_read_timeout`, another
-            # one is asked. nginx repeats only requests that may be repeated, such as GET and HEAD, and no POST that it
-            # has sent.
+            # If a replica cannot be reached, ends without an answer, or begins none within `proxy_read_timeout`,
+            # another one is asked. nginx repeats only requests that may be repeated, such as GET and HEAD, and no
+            # POST that it has sent.
             proxy_next_upstream error timeout;
             proxy_next_upstream_tries 3;
 
