@@ -743,7 +743,7 @@ def refused(directory: Path, *arguments: str) -> str:
         (
             "async def app(scope, receive, send): ...",
             ["--app", "main:app", "--file", "/a=b", "--timeout", "nan"],
-            "--timeout is nan: give seconds",
+            "Invalid value for '--timeout': nan is not a finite number",
         ),
         ("", ["--app", "main:app", "--config", "x.toml"], "leave out --config"),
         (
