@@ -191,6 +191,15 @@ async def send_more(scope: Scope, receive: Receive, send: Send) -> None:
     await send({"type": "http.response.body", "body": b"more", "more_body": True})
 
 
+async def sends_only_the_head(failing: ASGIApp) -> None:
+    app = Outermost(failing)
+    async with live(app, http=DownloadProtocol) as port:
+        answer = await ask(port, "/big.bin")
+        outcome = await app.outcome()
+    assert (answer.status, answer.body, answer.complete) == (200, b"", False)
+    assert (outcome.result, outcome.reason, outcome.sent) == ("aborted", "failed", 0)
+
+
 @pytest.mark.parametrize("then", [fail, send_more])
 async def test_an_application_that_fails_afterwards_sends_nothing(
     then: ASGIApp, big: Path, caplog: pytest.LogCaptureFixture
@@ -199,12 +208,7 @@ async def test_an_application_that_fails_afterwards_sends_nothing(
         await of(big)(scope, receive, send)
         await then(scope, receive, send)
 
-    app = Outermost(failing)
-    async with live(app, http=DownloadProtocol) as port:
-        answer = await ask(port, "/big.bin")
-        outcome = await app.outcome()
-    assert (answer.status, answer.body, answer.complete) == (200, b"", False)
-    assert (outcome.result, outcome.reason, outcome.sent) == ("aborted", "failed", 0)
+    await sends_only_the_head(failing)
     assert [record.levelno for record in caplog.records if record.name == "uvicorn.error"] == [logging.ERROR]
     await is_closed(big)
 
@@ -220,12 +224,7 @@ async def test_an_answer_that_fails_after_its_file_was_left_is_not_sent(big: Pat
         with suppress(ValueError):
             await limited(big, limits)(scope, receive, fail_at_the_end)
 
-    app = Outermost(failing)
-    async with live(app, http=DownloadProtocol) as port:
-        answer = await ask(port, "/big.bin")
-        outcome = await app.outcome()
-    assert (answer.status, answer.body, answer.complete) == (200, b"", False)
-    assert (outcome.result, outcome.reason, outcome.sent) == ("aborted", "failed", 0)
+    await sends_only_the_head(failing)
     await is_closed(big)
 
 
