@@ -3,6 +3,7 @@
 import contextlib
 import os
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -104,10 +105,15 @@ class Tree:
         return any(version.is_cut for version in self.lived(name, since, until))
 
     def match(self, name: str, body: bytes, start: int, size: int, *, since: float, until: float) -> Version | None:
-        """Return the version of which these bytes are, from `start`, if the file had it and that size between."""
+        """Return the newest version with these bytes from `start`, if the file had it and that size between."""
+        return next(self.matches(name, body, start, size, since=since, until=until), None)
+
+    def matches(
+        self, name: str, body: bytes, start: int, size: int, *, since: float, until: float
+    ) -> Iterator[Version]:
+        """Yield all versions of which these bytes are, the newest one first: see `match`."""
         for version in reversed(self.lived(name, since, until)):
             if version.number and version.size == size:
                 whole = content(name, version.number, version.size)
                 if whole[start : start + len(body)] == body:
-                    return version
-        return None
+                    yield version
