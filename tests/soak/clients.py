@@ -12,7 +12,7 @@ from random import Random
 from urllib.parse import quote
 
 from downloadview_async.sources.archive import SHARED_SECONDS
-from tests.soak.contents import OUTSIDE, Tree, content
+from tests.soak.contents import OUTSIDE, Tree, content, is_cleared
 from tests.soak.exchange import USER, Connection, Ended, Hangs
 from tests.soak.ledger import Ledger, Record, Result
 from tests.soak.site import STORED, Site
@@ -184,7 +184,7 @@ def check_file(world: World, answer: Answer, what: Target, *, may: tuple[int, ..
             length = int(match[2]) + 1 - start
             ledger.check("Content-Length", answer.headers.get("content-length") == str(length), answer.headers)
         number = version_of(world, what, answer.body, start, size, record)
-        known = number is not None or _is_mixed(world, what, record)
+        known = number is not None or _is_mixed(world, what, answer.body, start, size, record)
         ledger.check("bytes of one version", known, f"{record} {answer.headers} {answer.body[:70]!r}")
         return number
     if record.status == 404:
@@ -197,9 +197,16 @@ def check_file(world: World, answer: Answer, what: Target, *, may: tuple[int, ..
     return None
 
 
-def _is_mixed(world: World, what: Target, record: Record) -> bool:
+def _is_mixed(world: World, what: Target, body: bytes, start: int, size: int, record: Record) -> bool:
     """Return whether a file was cut in place meanwhile: the kernel clears bytes that it has not passed on yet."""
-    is_mixed = what.part == "files" and world.site.files.was_cut(what.name, record.begun, record.ended)
+    if what.part == "mirror":
+        tree, name = world.site.origin, what.name
+        lived = tree.lived(name, record.begun - STALE, record.ended)
+        is_mixed = world.ledger.excuses("cleared", record.begun) and any(
+            version.size == size and is_cleared(body, content(name, version.number, size)[start:]) for version in lived
+        )
+    else:
+        is_mixed = what.part == "files" and world.site.files.was_cut(what.name, record.begun, record.ended)
     world.ledger.seen["cut in place while it was sent", "mixed"] += is_mixed
     return is_mixed
 

@@ -19,6 +19,11 @@ def content(name: str, number: int, size: int) -> bytes:
     return "".join(lines).encode()[:size]
 
 
+def is_cleared(body: bytes, whole: bytes) -> bool:
+    """Return whether bytes are the first ones of a content, but end with zeros, which no content has."""
+    return whole.startswith(body.rstrip(b"\0")) and len(body) <= len(whole)
+
+
 @dataclass(slots=True)
 class Version:
     """A content that a file had from `born` to `died`. is_cut: it ended because the file was cut in place."""

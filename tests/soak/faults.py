@@ -192,7 +192,7 @@ async def cache_entries_damaged(world: World) -> None:
                 path.write_bytes(world.random.randbytes(world.random.randrange(200)))
 
 
-@fault("cache accounting", "mirror")
+@fault("cache accounting", "mirror", "cleared")
 async def cached_files_cut(world: World) -> None:
     for path in (world.site.directory / "disk/cache").glob("*-*"):
         if world.random.random() < 0.5:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from tests.soak.clients import Answer, Target, World, check_file
-from tests.soak.contents import OUTSIDE, Tree, content
+from tests.soak.contents import OUTSIDE, Tree, content, is_cleared
 from tests.soak.exchange import Connection
 from tests.soak.invariants import MOST_GROWTH, POOLED, Watch, beyond_base, check_growth
 from tests.soak.ledger import Ledger, Record
@@ -72,6 +72,14 @@ def test_only_the_bytes_of_a_version_that_lived_then_match(tree: Tree) -> None:
     assert tree.match("a.bin", first[:500] + second[500:], 0, 1000, since=now, until=later) is None
     few = [tree.matches("a.bin", first[:number], 0, 1000, since=now, until=later) for number in (42, 43)]
     assert [[version.number for version in versions] for versions in few] == [[2, 1], [1]]
+
+
+def test_only_zeros_at_the_end_are_cleared_bytes() -> None:
+    whole = content("a.bin", 1, 20_000)
+    assert is_cleared(whole[:5000] + bytes(3000), whole)
+    assert not is_cleared(whole[:5000] + bytes(10) + whole[5010:], whole)
+    assert not is_cleared(content("a.bin", 2, 20_000), whole)
+    assert not is_cleared(bytes(20_001), whole)
 
 
 LINE: dict[str, Any] = {
