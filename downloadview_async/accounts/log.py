@@ -141,14 +141,38 @@ def _parts(lines: list[str]) -> list[str]:
 
 
 def _text(outcome: Outcome) -> str:
-    result = outcome.result if outcome.reason is None else f"{outcome.result} ({outcome.reason})"
-    user = "" if outcome.user is None else f", user {_word(outcome.user)}"
-    link = "" if outcome.link_id is None else f", link {_word(outcome.link_id)}"
-    return (
-        f'{_date(outcome.time)} {_word(outcome.client)} "{_request(outcome)}" {outcome.status} {result} '
-        f"{_word(outcome.kind)} {outcome.sent} bytes in {outcome.seconds:.3f} s{user}{link}, "
-        f"request {outcome.request_id}"
+    answer = _text_of_answer if len(outcome.path) <= LIMIT else _text_of_answer.__wrapped__  # keep no long texts
+    before, behind = answer(
+        outcome.method,
+        outcome.path,
+        outcome.http_version,
+        outcome.status,
+        outcome.result if outcome.reason is None else f"{outcome.result} ({outcome.reason})",
+        outcome.kind,
+        outcome.sent,
+        outcome.user,
+        outcome.link_id,
     )
+    return f"{_date(outcome.time)} {_client(outcome.client)} {before}{outcome.seconds:.3f}{behind}{outcome.request_id}"
+
+
+@lru_cache(1024)  # for answers with the same file, which are many whenever each microsecond counts
+def _text_of_answer(
+    method: str,
+    path: str,
+    http_version: str,
+    status: int,
+    result: str,
+    kind: str,
+    sent: int,
+    user: str | None,
+    link_id: str | None,
+) -> tuple[str, str]:
+    """Return what a line has before and behind the seconds, without the client and the id of the request."""
+    by_user = "" if user is None else f", user {_word(user)}"
+    by_link = "" if link_id is None else f", link {_word(link_id)}"
+    request = _request(method, path, http_version)
+    return f'"{request}" {status} {result} {_word(kind)} {sent} bytes in ', f" s{by_user}{by_link}, request "
 
 
 def _json(outcome: Outcome, *, is_cut: bool = False) -> str:
@@ -228,7 +252,7 @@ def _combined(outcome: Outcome) -> str:
     agent = _header(outcome, b"user-agent")
     return (
         f"{_word(outcome.client)} - {_word(outcome.user)} [{_combined_date(outcome.time)}] "
-        f'"{_request(outcome)}" {outcome.status} {outcome.sent} '
+        f'"{_request(outcome.method, outcome.path, outcome.http_version)}" {outcome.status} {outcome.sent} '
         f'"{"-" if referrer is None else _quoted(_NOT_PAGE.sub("", referrer))}" '
         f'"{"-" if agent is None else _quoted(agent)}" '
         f"{outcome.seconds:.3f} {outcome.reason or outcome.result} {_word(outcome.kind)} {_word(outcome.link_id)} "
@@ -239,12 +263,11 @@ def _combined(outcome: Outcome) -> str:
 _FORMATS = {"text": _text, "json": _json, "combined": _combined}
 
 
-def _request(outcome: Outcome) -> str:
+def _request(method: str, path: str, http_version: str) -> str:
     """Return the first line of a request as the client has sent it, without its query."""
-    path = outcome.path
     if not _PLAIN_PATH.fullmatch(path):
         path = quote(path, safe="/!$&()*+,;=:@~", errors="surrogatepass")
-    return f"{_quoted(outcome.method)} {path if len(path) <= LIMIT else cut(path)} HTTP/{outcome.http_version}"
+    return f"{_quoted(method)} {path if len(path) <= LIMIT else cut(path)} HTTP/{http_version}"
 
 
 def _quoted(text: str) -> str:
@@ -260,6 +283,9 @@ def _word(text: str | None) -> str:
     if not text:
         return "-"
     return text if len(text) <= LIMIT and _PLAIN_WORD.fullmatch(text) else _quoted(text).replace(" ", "\\x20")
+
+
+_client = lru_cache(1024)(_word)
 
 
 def _header(outcome: Outcome, name: bytes) -> str | None:

@@ -461,7 +461,7 @@ class Account(Facts):
         outcome.path = scope["path"]
         outcome.http_version = scope.get("http_version", "1.1")
         outcome.client = client[0] if client else None
-        outcome.route = self.route or _route_of(scope if self.inside is None else self.inside)
+        outcome.route = self.route or route_of(scope if self.inside is None else self.inside)
         outcome.source = self.source
         outcome.name = self.name
         outcome.etag = None if etag is None else str(etag)
@@ -647,19 +647,10 @@ class Accounts:
             await (self._live(scope, receive, send) if scope["type"] == "lifespan" else self.app(scope, receive, send))
             return
         outer: Facts | None = scope.get(ACCOUNT)
-        if outer is not None:
-            request_id = outer.request_id
-        elif self._trusts and REQUEST_ID in dict(scope["headers"]):
-            request_id = self._request_id(scope)
-        else:
-            request_id = new_request_id()
         scope = {**scope}
-        scope[ACCOUNT] = account = Account(scope, send, self._observers, request_id, outer)
-        account.sends_id = self._sends_id
+        scope[ACCOUNT] = account = self.begin(scope, send, outer)
         if outer is not None:
             outer.enter(scope)
-        self._open.add(account)
-        account.among = self._open
         try:
             await self.app(scope, account.receiving(receive), account.sending())
         except BaseException as exc:
@@ -668,9 +659,23 @@ class Accounts:
                 return  # the server would log it
             if isinstance(exc, Exception) and outer is None:
                 with suppress(TypeError):  # for an exception with notes of another type
-                    exc.add_note(f"request {request_id}")
+                    exc.add_note(f"request {account.request_id}")
             raise
         account.leave()
+
+    def begin(self, scope: Scope, send: Send, outer: Facts | None = None) -> Account:
+        """Return the account of one more request, whose outcome the listeners get when it ends."""
+        if outer is not None:
+            request_id = outer.request_id
+        elif self._trusts and REQUEST_ID in dict(scope["headers"]):
+            request_id = self._request_id(scope)
+        else:
+            request_id = new_request_id()
+        account = Account(scope, send, self._observers, request_id, outer)
+        account.sends_id = self._sends_id
+        self._open.add(account)
+        account.among = self._open
+        return account
 
     @property
     def in_progress(self) -> int:
@@ -705,7 +710,7 @@ class Accounts:
         await self.app(scope, receive_and_drain, end_and_send)
 
 
-def _route_of(scope: Mapping[str, Any]) -> str | None:
+def route_of(scope: Mapping[str, Any]) -> str | None:
     """Return the path of the route, with those of the mounts around it; None if no router has put it into the scope.
 
     Starlette does not tell the paths of mounts, but what they have matched. So the parameters there are replaced by

@@ -158,10 +158,8 @@ def delivery_of(
             return Inline(body, span)
         return Chunks(plan, opened)
     if len(span) <= SMALL:
-        body = local.read_nowait(span)
-        if body is None or ((not is_fresh or local.is_recent()) and local.is_rewritten(is_last=True)):
-            return Chunks(plan, opened)  # which aborts if the file was written to
-        return Inline(body, span)
+        body = bytes_of(local, span, is_fresh=is_fresh)
+        return Chunks(plan, opened) if body is None else Inline(body, span)
     if path_send is None or FOREIGN in path_send:
         return Chunks(plan, opened)
     if takes_descriptors:
@@ -171,6 +169,17 @@ def delivery_of(
     if len(span) == opened.metadata.size:
         return Path(_of_thread.lasting_paths.path_of(local.descriptor), len(span), Chunks(plan, opened))
     return Chunks(plan, opened)
+
+
+def bytes_of(local: OpenLocalFile, span: ByteRange, *, is_fresh: bool) -> bytes | None:
+    """Return the bytes of a short span if they are here, and of one version; else None: `Chunks` waits, or aborts.
+
+    is_fresh: as in `delivery_of`. Raises `SourceUnavailable` if the disk fails.
+    """
+    body = local.read_nowait(span)
+    if body is None or ((not is_fresh or local.is_recent()) and local.is_rewritten(is_last=True)):
+        return None
+    return body
 
 
 def deliver(

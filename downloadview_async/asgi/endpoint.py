@@ -22,6 +22,7 @@ from downloadview_async.asgi.departures import answer_until_departure, is_follow
 from downloadview_async.asgi.disconnect import close_after_body, until_the_client_leaves
 from downloadview_async.asgi.errors import refuse_websocket, send_error
 from downloadview_async.asgi.extensions import CONNECTION
+from downloadview_async.asgi.kept_answers import KEPT_ANSWERS, KeptAnswers
 from downloadview_async.asgi.limiting import Limiting, admit, limits_of, together_for
 from downloadview_async.asgi.listing.entries import FolderEntries
 from downloadview_async.asgi.listing.folder import FolderEndpoint, folder_place
@@ -344,8 +345,19 @@ class Download(_Endpoint):
         self.attachment = attachment
         self.redirect = redirect
         self.offload = offload
+        # Otherwise the path of the URL and the file decide each answer to a GET without a query: see `KeptAnswers`.
+        has_rules = self.access or self.limits or redirect is not None or digests is not None or callable(key)
+        self._is_simple = type(source) is PathSource and not has_rules
         options = ArchiveOptions() if archive is True else archive
         self._archives = Archives(source, options, hide) if options else None
+
+    def _kept_answers_for(self, scope: Scope) -> KeptAnswers | None:
+        """Return where the answer to a request may be kept: see `KeptAnswers`."""
+        kept: KeptAnswers | None = (scope.get("extensions") or {}).get(KEPT_ANSWERS)
+        if kept is None or scope["method"] != "GET" or scope["query_string"] or GRANT in scope or TRANSFERS in scope:
+            return None
+        route = scope.get("route")
+        return kept if isinstance(route, Route) and route.app is self else None  # no middleware is in between
 
     def _is_for_folder(self, key: Any, scope: Scope) -> bool:
         return self._archives is not None and archive_key_of(key, scope) is not None
@@ -381,6 +393,8 @@ class Download(_Endpoint):
             if wanted is not None and self.digests is not None:
                 return await checksum_response(wanted, self.digests, key, file, scope)
             response = self._response(file, key, grant, scope, is_pdf=view == "pdf")
+            if self._is_simple:
+                response.kept_answers = self._kept_answers_for(scope)
         except FileMissing as exc:
             if missing is None:
                 raise

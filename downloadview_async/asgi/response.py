@@ -37,6 +37,7 @@ from downloadview_async.asgi.disconnect import (
 from downloadview_async.asgi.errors import note_refusal, refuse_websocket, send_error
 from downloadview_async.asgi.extensions import CONNECTION, PATHSEND, PREPARED, SEND_LATER
 from downloadview_async.asgi.handed_over import awaits_line, hand_over
+from downloadview_async.asgi.kept_answers import KeptAnswers
 from downloadview_async.asgi.limiting import ask_together, deliver_limited, path_send_for, spend
 from downloadview_async.asgi.offer import Lent, Offer
 from downloadview_async.asgi.send_later import SendLater
@@ -154,6 +155,8 @@ class DownloadResponse(Response):
         self.digests: Digests | None = None
         """The digests of the files of `Download`, where this one is called `digest_name`."""
         self.digest_name = ""
+        self.kept_answers: KeptAnswers | None = None
+        """Where the answer may be kept, because the target of the request and the file decide it: set by `Download`."""
         self.raw_headers = list(checked_headers(tuple(headers.items()))) if headers else []
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -361,11 +364,14 @@ class DownloadResponse(Response):
             delivery = Offloaded(next(iter(offload)).lower())
             if isinstance(offer, Offer) and not (self.offload or (self.ends_request and keep)):
                 self._lend(opened, metadata, offer, start, scope)
-        if answer.head is not None and path_send and PREPARED in path_send and isinstance(delivery, _IN_ONE_MESSAGE):
-            start[PREPARED] = answer.head
         facts: Facts | None = scope.get(ACCOUNT)
         if facts is not None:
             facts.describe(self.file.name, metadata.etag, metadata.size)
+        if answer.head is not None and path_send and PREPARED in path_send and isinstance(delivery, _IN_ONE_MESSAGE):
+            start[PREPARED] = answer.head
+            is_all = len(start["headers"]) == len(answer.head.headers)
+            if self.kept_answers is not None and keep and is_all and isinstance(delivery, Inline | Offloaded):
+                self.kept_answers.keep(scope, self.file, metadata, answer.head, delivery, facts)
         later: SendLater | None = extensions.get(SEND_LATER)
         if receive is None or type(delivery) is not Descriptor or not self._may_send_later(scope):
             later = None

@@ -3,8 +3,8 @@
 import logging
 import re
 import sqlite3
-from collections.abc import AsyncIterator, Awaitable, Iterator, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from contextlib import asynccontextmanager, suppress
 from datetime import UTC, datetime, timedelta
 from ipaddress import ip_network
 from typing import Any
@@ -12,7 +12,7 @@ from urllib.parse import unquote, urlsplit
 
 import anyio
 from starlette.routing import Match, Route
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import Receive, Scope, Send
 
 from downloadview_async import (
     Access,
@@ -42,6 +42,7 @@ SIGNED = {"signed": "complete", "secure_link": "secure_link"}
 """The formats of links by the words for them in the access of a route."""
 
 USER = "user:"
+_OF_PROXIES = {b"x-forwarded-for", b"x-forwarded-proto"}  # what uvicorn's middleware reads
 _PATIENCE = 5.0  # seconds
 
 
@@ -166,30 +167,36 @@ def trusted_proxies(settings: Settings) -> list[str]:
     return trusted_ones
 
 
-def behind_proxies(app: ASGIApp, settings: Settings) -> ASGIApp:
-    """Return the application with what uvicorn's `proxy_headers` does, by the settings.
+def locating(settings: Settings) -> Callable[[Scope], None]:
+    """Return a function that does what uvicorn's `proxy_headers` does to the scope of a request, by the settings.
 
     If a proxy sends users, clients or ids of requests, or if something listens to outcomes, the address of the peer is
     kept too: uvicorn itself would replace it before any application sees it.
     """
+    middleware: Any = None  # uvicorn's types of ASGI are others
     if settings.server.proxy_headers:
         from uvicorn.middleware.proxy_headers import ProxyHeadersMiddleware
 
-        middleware: Any = ProxyHeadersMiddleware  # uvicorn's types of ASGI are others
         with settings.blaming("server.forwarded_allow_ips"):
-            app = middleware(app, trusted_hosts=trusted_proxies(settings))
+            inner: Any = _do_nothing
+            middleware = ProxyHeadersMiddleware(inner, trusted_hosts=trusted_proxies(settings))
     limits = [settings.limits, *(route.limits for route in settings.routes)]
     has_header = settings.users is not None and settings.users.header is not None
     has_clients = any(one is not None and one.client.startswith("header:") for one in limits)
-    if not (settings.listens or has_header or has_clients):
-        return app
-    inner = app
+    keeps_peer = settings.listens or has_header or has_clients
 
-    def with_peer(scope: Scope, receive: Receive, send: Send) -> Awaitable[None]:
-        KeepPeer.keep(scope)
-        return inner(scope, receive, send)
+    def locate(scope: Scope) -> None:
+        if keeps_peer:
+            KeepPeer.keep(scope)
+        if middleware is not None and not _OF_PROXIES.isdisjoint(dict(scope["headers"])):
+            with suppress(StopIteration):  # it waits for its application alone, which returns at once
+                middleware(scope, None, None).send(None)
 
-    return with_peer
+    return locate
+
+
+async def _do_nothing(scope: Scope, receive: Receive, send: Send) -> None:
+    """Be the application of a middleware that changes the scope alone."""
 
 
 def access_of(

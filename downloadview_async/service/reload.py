@@ -10,14 +10,13 @@ import gc
 import logging
 import time
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 
 import anyio.to_thread
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from downloadview_async import ConfigurationError, add_content_types
-from downloadview_async.asgi.server import SendLater
-from downloadview_async.service.access import behind_proxies
+from downloadview_async.asgi.server import KeptAnswers, SendLater
 from downloadview_async.service.app import build
 from downloadview_async.service.logs import one_line
 from downloadview_async.service.server import DownloadServer
@@ -41,7 +40,6 @@ class Generation:
         self.settings = settings = settings.of_own_server()
         self._service = build(settings)
         self.reference: weakref.ref[ASGIApp] = weakref.ref(self._service)
-        self.app: ASGIApp = behind_proxies(self._service.answer, settings)
         self.requests = 0
         self.ended = asyncio.Event()  # when the last request has, after the generation has retired
         self.is_retired = False
@@ -49,6 +47,16 @@ class Generation:
         self._started = asyncio.Event()
         self._lifespan: asyncio.Task[None] | None = None
         self._failure: str | None = None
+
+    def app(self, scope: Scope, receive: Receive, send: Send) -> Awaitable[None]:
+        """Answer a request."""
+        self._service.locate(scope)
+        return self._service.answer(scope, receive, send)
+
+    @property
+    def kept_answers(self) -> KeptAnswers:
+        """The answers that the server may give again."""
+        return self._service.kept_answers
 
     def drain(self) -> None:
         """Have `/-/readyz` give 503."""
@@ -156,6 +164,10 @@ class Generations:
             generation.requests -= 1
             if generation.is_retired and not generation.requests:
                 generation.ended.set()
+
+    def kept_answers(self) -> KeptAnswers:
+        """Return the answers of the newest generation that the server may give again."""
+        return self._current.kept_answers
 
     def drain(self) -> None:
         """Have `/-/readyz` give 503 from now on."""

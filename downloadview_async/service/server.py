@@ -24,12 +24,13 @@ from collections.abc import Callable
 from enum import Enum
 from functools import partial
 from types import FrameType
-from typing import Any
+from typing import Any, Protocol, cast
 
 import msgspec
 import uvicorn
+from starlette.types import Receive, Scope, Send
 
-from downloadview_async.asgi.server import DownloadProtocol
+from downloadview_async.asgi.server import DownloadProtocol, KeptAnswers
 from downloadview_async.service.listening import begin_no_more, steer_away, steer_no_more, waiting_connections
 from downloadview_async.service.logs import log_config
 from downloadview_async.service.settings import Settings, Unavailable
@@ -64,8 +65,18 @@ class _End(Enum):
     NOW = "now"
 
 
-def config_for(app: Any, settings: Settings) -> uvicorn.Config:
-    """Return the configuration of uvicorn for an ASGI application. This also configures the log."""
+class Application(Protocol):
+    """The application that a server runs."""
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer a request, or run the lifespan."""
+
+    def kept_answers(self) -> KeptAnswers:
+        """Return the answers that the server may give again now: see `DownloadProtocol`."""
+
+
+def config_for(app: Application | None, settings: Settings) -> uvicorn.Config:
+    """Return the configuration of uvicorn for an application. This also configures the log."""
     server = settings.server
     options: dict[str, Any] = msgspec.structs.asdict(server)
     for name in _OURS:
@@ -74,10 +85,13 @@ def config_for(app: Any, settings: Settings) -> uvicorn.Config:
     if server.http2:
         options["http"] = _http2_protocols(settings, **watch)
     elif server.http == "auto":
-        options["http"] = partial(DownloadProtocol, **watch)
+        is_plain = server.limit_concurrency is None and not server.root_path
+        kept_answers = app.kept_answers if app is not None and is_plain else None
+        options["http"] = partial(DownloadProtocol, kept_answers=kept_answers, **watch)
     # the application writes the log of answers, and knows the proxies
     options |= {"access_log": False, "proxy_headers": False, "workers": 1}  # not those of WEB_CONCURRENCY
-    return uvicorn.Config(app, lifespan="on", ws="none", log_config=log_config(server.log_level), **options)
+    served: Any = app  # uvicorn's types of ASGI are others
+    return uvicorn.Config(served, lifespan="on", ws="none", log_config=log_config(server.log_level), **options)
 
 
 def _http2_protocols(settings: Settings, **watch: Any) -> Callable[..., asyncio.Protocol]:
@@ -175,7 +189,7 @@ class DownloadServer(uvicorn.Server):
         The certificate is loaded again. Raises an error, and changes nothing, if that is not possible. Call
         `check_certificate` before.
         """
-        new = config_for(self.config.app, settings)
+        new = config_for(cast("Application", self.config.app), settings)
         new.load()
         if self.config.ssl is not None and (context := new.ssl) is not None:
             # A context into which a wrong key is loaded has none at all then, so the whole context is replaced.

@@ -887,6 +887,7 @@ async def test_another_flow_control_can_take_the_place_of_the_first() -> None:
     "parser.get_http_version",
     "parser.get_method",
     "parser.set_dangerous_leniencies",
+    "parser.should_keep_alive",
     "parser.should_upgrade",
     "url",
 )
@@ -905,7 +906,9 @@ async def test_the_parser_tells_what_it_has_read_and_fields_are_appended_to_a_li
             super().on_headers_complete()
             assert self.scope["path"] == "/elsewhere"
             assert self.scope["headers"] is self.headers
-            read.append((self.parser.get_method(), self.parser.get_http_version(), self.parser.should_upgrade()))
+            parser = self.parser
+            read.append((parser.get_method(), parser.get_http_version()))
+            read.append((parser.should_upgrade(), parser.should_keep_alive()))
             self.headers = []  # what comes now is appended to this one
 
         def on_body(self, body: bytes) -> None:
@@ -928,7 +931,7 @@ async def test_the_parser_tells_what_it_has_read_and_fields_are_appended_to_a_li
     async with live(app, http=Reading) as port:
         answer = await ask_raw(port, request + b"2\r\nab\r\n2\r\ncd\r\n0\r\nX-Trailer: 1\r\n\r\n", method="HEAD")
     assert answer.status == 204
-    assert read == [(b"POST", "1.3", False), b"ab", b"cd", [(b"x-trailer", b"1")]]
+    assert read == [(b"POST", "1.3"), (False, True), b"ab", b"cd", [(b"x-trailer", b"1")]]
 
 
 @relies_on("ServerState", "server_state.default_headers", "shutdown")

@@ -195,6 +195,25 @@ def content_type(server: Server) -> str | None:
         return cast("str | None", answer.headers["Content-Type"])
 
 
+def test_an_answer_that_was_kept_is_not_given_after_a_reload(site: Site) -> None:
+    site.use()
+    os.utime(site.directory / "files/a.txt", (1_700_000_000,) * 2)
+    connection = http.client.HTTPConnection("127.0.0.1", int(site.server.address), timeout=30)
+    try:
+        for _ in range(3):
+            connection.request("GET", "/files/a.txt")
+            answer = connection.getresponse()
+            assert (answer.read(), answer.headers["x-more"]) == (b"files", None)
+        site.change('source = "files"', 'source = "files"\nheaders = { X-More = "new" }')
+        site.reload()
+        for _ in range(3):
+            connection.request("GET", "/files/a.txt")
+            answer = connection.getresponse()
+            assert (answer.read(), answer.headers["x-more"]) == (b"files", "new")
+    finally:
+        connection.close()
+
+
 def test_content_types_are_those_of_the_settings_alone(site: Site) -> None:
     for kind in ("text/x-first", "text/x-second"):
         site.use(f'{SETTINGS}[content_types]\n".txt" = "{kind}"\n')

@@ -143,7 +143,7 @@ class DownloadCycle(RequestResponseCycle):
             or CONNECTION_CLOSE in self.scope["headers"]
             or not isinstance(headers := message.get("headers"), list)
             or tuple(headers) != prepared.headers
-            or (lines := _lines_of(self.default_headers)) is None
+            or (lines := lines_of(self.default_headers)) is None
         ):
             return False
         made = prepared.lines
@@ -231,7 +231,7 @@ def _with_close(start: Message) -> Message:
     return {**start, "headers": headers}
 
 
-def _lines_of(default_headers: list[tuple[bytes, bytes]]) -> bytes | None:
+def lines_of(default_headers: list[tuple[bytes, bytes]]) -> bytes | None:
     """Return the lines that begin the head of every response, or None if uvicorn has to look at them.
 
     uvicorn makes a new list each second, so the lines are kept until the next one.

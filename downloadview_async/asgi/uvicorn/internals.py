@@ -23,6 +23,7 @@ package use, and tests on uvicorn itself that each name means what is said here.
     parser.get_http_version           | "1.1", or what the client claims
     parser.get_method                 | the method as bytes
     parser.set_dangerous_leniencies   | lets versions pass that are checked here
+    parser.should_keep_alive          | whether the client lets the connection stay open after this request
     parser.should_upgrade             | whether another protocol is to answer
     url headers scope                 | those of the head that is being read; `headers` is also the scope's list
     cycle                             | the newest cycle, assigned before its task is made; None before the first

@@ -12,7 +12,8 @@ transport reads no more. `MAX_HEAD_BYTES` bounds a head, and what surrounds the 
 of a body waits for the application, uvicorn reads no more. `heads` refuses heads that httptools lets pass. Trailers are
 dropped.
 
-Output. The application sends messages to its `DownloadCycle`. A prepared head waits for its body, and one write sends
+Output. If the answer to a request is kept (`KeptAnswers`), the protocol sends it at once, and no cycle is made. Else
+the application sends messages to its `DownloadCycle`. A prepared head waits for its body, and one write sends
 both. A path send makes the kernel copy a file to the socket (`sendfile`); it first waits until the transport has sent
 all that it holds. The scope offers these two where the socket is plain: to Starlette path sends, to `DownloadResponse`
 also a descriptor with an offset and a count, a body in pieces of which some are files, and prepared heads. Everything
@@ -104,8 +105,9 @@ from httptools import HttpRequestParser
 
 from downloadview_async.asgi.deadline import STALL_SECONDS
 from downloadview_async.asgi.disconnect import MAX_UNREAD_BODY
-from downloadview_async.asgi.extensions import CONNECTION, PACE, PATHSEND, PREPARED
-from downloadview_async.asgi.uvicorn.cycle import CONNECTION_CLOSE, DownloadCycle
+from downloadview_async.asgi.extensions import CONNECTION, PACE, PATHSEND, PREPARED, REQUEST_ID
+from downloadview_async.asgi.kept_answers import DECIDING, KeptAnswers
+from downloadview_async.asgi.uvicorn.cycle import CONNECTION_CLOSE, DownloadCycle, lines_of
 from downloadview_async.asgi.uvicorn.encrypted import CountingTransport, EncryptedStream
 from downloadview_async.asgi.uvicorn.flow import Flow, Signal
 from downloadview_async.asgi.uvicorn.heads import Refused, read_head
@@ -203,6 +205,8 @@ class DownloadProtocol(HttpToolsProtocol):
     stall_seconds, minimum_rate (bytes per second): a client that takes less on the average of so many seconds is
     dropped, and so is one that has not sent the whole head of a request in that time. To set other values, give uvicorn
     `functools.partial(DownloadProtocol, stall_seconds=...)` as `http`.
+    kept_answers: returns the answers that the application lets the server give again, if it does: see `KeptAnswers`.
+    uvicorn has no part in these, so not with its `root_path`, `limit_concurrency` or access log.
     """
 
     # Not in the dictionary of the instance: with more keys it would weigh twice as much.
@@ -216,10 +220,12 @@ class DownloadProtocol(HttpToolsProtocol):
         "_head_timer",
         "_held",
         "_idle_since",
+        "_is_alone",
         "_is_draining",
         "_is_half_closed",
         "_is_on_unix_socket",
         "_is_shutting_down",
+        "_kept_answers",
         "_may_be_paced",
         "_on_half_close",
         "_on_loss",
@@ -244,7 +250,12 @@ class DownloadProtocol(HttpToolsProtocol):
     )
 
     def __init__(
-        self, *args: Any, stall_seconds: float = STALL_SECONDS, minimum_rate: int = MINIMUM_RATE, **options: Any
+        self,
+        *args: Any,
+        stall_seconds: float = STALL_SECONDS,
+        minimum_rate: int = MINIMUM_RATE,
+        kept_answers: Callable[[], KeptAnswers] | None = None,
+        **options: Any,
     ) -> None:
         super().__init__(*args, **options)
         self.pipeline: Any = ()  # stays empty: requests wait as bytes. uvicorn's deque weighs 760 bytes
@@ -252,6 +263,7 @@ class DownloadProtocol(HttpToolsProtocol):
         self._set_leniencies()
         self.stall_seconds = stall_seconds
         self.minimum_rate = minimum_rate
+        self._kept_answers = kept_answers
         self.is_lost = False
         self.is_stalled = False
         self.last_watch: Watch | None = None
@@ -274,6 +286,7 @@ class DownloadProtocol(HttpToolsProtocol):
         self._head_timer: asyncio.TimerHandle | None = None
         self._idle_since: float | None = None
         self._untaken_since: tuple[float, int] | None = None  # a time, and how many bytes the client had not taken then
+        self._is_alone = False  # whether the head that is being read has come with nothing behind it
         self._is_half_closed = False
         self._on_half_close: Callable[[], None] | None = None
         self._on_loss: Callable[[], None] | None = None
@@ -330,12 +343,15 @@ class DownloadProtocol(HttpToolsProtocol):
                 self._framing_bytes += len(data)
                 if self.parser is None:
                     self._make_parser()
+                self._is_alone = True
                 super().data_received(data)
+                self._is_alone = False
                 if self._phase is _HEAD:
                     self._start_head_timer()
             else:
                 self._parse(data, 0)
-            if idle_since is not None and not self._is_answering() and self._phase in (_BETWEEN, _BODY):
+            is_idle = self._idle_since is None and not self._is_answering() and self._phase in (_BETWEEN, _BODY)
+            if idle_since is not None and is_idle:
                 self._idle_since = idle_since  # empty lines and the rest of a body do not begin a request
 
     def _set_leniencies(self) -> None:
@@ -448,6 +464,12 @@ class DownloadProtocol(HttpToolsProtocol):
         except Refused as refused:
             self._refuse(refused.status, refused.text)
             return
+        # of requests in one packet, each waits for its turn: a client that sends thousands would hold up all others
+        if self._is_alone and self._kept_answers is not None and self._has_given_again(self._kept_answers(), version):
+            self._phase = _BODY
+            self._framing_bytes = 0
+            self.headers = _TRAILERS
+            return
         scope = self.scope
         extensions: Any = {PATHSEND: _PATH_SEND, CONNECTION: self} if self._has_plain_socket else {}
         if self._may_be_paced:
@@ -471,6 +493,36 @@ class DownloadProtocol(HttpToolsProtocol):
         self.headers = _TRAILERS
         if self._is_draining:
             self._cycle.keep_alive = False
+
+    def _has_given_again(self, answers: KeptAnswers, version: str) -> bool:
+        """Give the answer that is kept for this request, and return True; or return False: the application answers."""
+        if (answer := answers.get(self.url)) is None:
+            return False
+        if (
+            version != "1.1"
+            or self.parser.get_method() != b"GET"
+            or not self.parser.should_keep_alive()
+            or self.parser.should_upgrade()
+            or self._body_left != 0
+            or self._is_draining
+            or self.paced_at is not None
+            or not self._has_plain_socket
+            or self.flow.write_paused
+            or not DECIDING.isdisjoint(dict(self.headers))
+            or (lines := lines_of(self.server_state.default_headers)) is None
+            or (body := answers.body_of(self.url, answer)) is None
+        ):
+            return False
+        scope: Any = self.scope
+        scope["extensions"] = {CONNECTION: self}
+        account = answers.begin(answer, scope, body)
+        request_id = b"" if account is None else b"%s: %s\r\n" % (REQUEST_ID, account.request_id.encode())
+        self.transport.write(b"".join((STATUS_LINE[200], lines, answer.head.lines, request_id, b"\r\n", body)))
+        self.server_state.total_requests += 1
+        if account is not None:
+            account.take_whole(len(body))
+        self._begin_to_wait()
+        return True
 
     def pace(self, rate: int) -> None:
         """Have the kernel send at a rate, in bytes per second, until the next request."""
@@ -513,7 +565,8 @@ class DownloadProtocol(HttpToolsProtocol):
         if self._phase is _BODY:
             self._phase = _BETWEEN
             self._framing_bytes = self._dropped_bytes = 0
-            super().on_message_complete()
+            if self._is_answering():
+                super().on_message_complete()
 
     def send_400_response(self, msg: str) -> None:
         """Refuse bytes that are not a request, in uvicorn's words."""
@@ -576,10 +629,13 @@ class DownloadProtocol(HttpToolsProtocol):
         if self._is_half_closed:
             self._close(is_expecting=False)
         elif self._phase is not _HEAD:
-            # One timer for many requests: when it rings, it looks at how long the connection has been idle.
-            self._idle_since, self._untaken_since = monotonic(), None
-            if self.timeout_keep_alive_task is None:
-                self._set_idle_timer(self.timeout_keep_alive)
+            self._begin_to_wait()
+
+    def _begin_to_wait(self) -> None:
+        """Wait for the next request. One timer is for many: when it rings, it looks at how long this has taken."""
+        self._idle_since, self._untaken_since = monotonic(), None
+        if self.timeout_keep_alive_task is None:
+            self._set_idle_timer(self.timeout_keep_alive)
 
     def eof_received(self) -> bool:  # type: ignore[override]
         """Return True to keep the connection open: a client that has half-closed waits for its answer."""
@@ -743,7 +799,8 @@ class DownloadProtocol(HttpToolsProtocol):
 
     def _is_idle(self) -> bool:
         """Return whether no request is on its way: a client connects to send one, so a new connection is not idle."""
-        return (not has_socket(self) or self.cycle is not None) and not has_unread_bytes(self)
+        has_answered = self.cycle is not None or self._idle_since is not None
+        return (not has_socket(self) or has_answered) and not has_unread_bytes(self)
 
     def _grace_is_over(self) -> None:
         if self._phase is not _CLOSING and not self._is_answering() and not self.transport.is_closing():
@@ -850,7 +907,8 @@ class DownloadProtocol(HttpToolsProtocol):
         end = None if self._encrypted is None else self._encrypted.taken()
         if end is None:
             cycle: Any = self._cycle
-            framing = len(_LAST_CHUNK) if cycle.chunked_encoding and cycle.response_complete else 0
+            is_chunked = cycle is not None and cycle.chunked_encoding and cycle.response_complete
+            framing = len(_LAST_CHUNK) if is_chunked else 0
             return max(0, sent - max(0, self._untaken_at_loss - framing))
         head += (
             len(STATUS_LINE[200])
@@ -883,7 +941,7 @@ class DownloadProtocol(HttpToolsProtocol):
 
     def end_counting(self, account: "Account") -> None:
         """See `Connection` in `asgi.accounts`."""
-        if self._cycle.account is account:
+        if self._cycle is not None and self._cycle.account is account:
             self._cycle.account = None
 
     @property

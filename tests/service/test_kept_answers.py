@@ -1,0 +1,453 @@
+"""Answers that the server gives again: they are those of the application, and are forgotten when they would differ."""
+
+import asyncio
+import contextlib
+import json
+import os
+import re
+import socket
+import subprocess
+import time
+from collections.abc import AsyncIterator, Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+from starlette.types import Receive, Scope, Send
+
+from downloadview_async import Outcome, add_content_types
+from downloadview_async.asgi.kept_answers import MAX_ANSWERS
+from downloadview_async.asgi.server import DownloadProtocol
+from downloadview_async.service.accounts import Service
+from downloadview_async.service.app import build
+from downloadview_async.service.reload import Generation, Generations
+from downloadview_async.service.server import config_for
+from tests.live import live, make_old
+from tests.service.loading import FILES, load
+
+pytestmark = pytest.mark.asyncio
+
+LOG = '[log]\nformat = "json"\npath = "log"\n'
+CONTENT = b"the content of a file\n" * 100
+
+
+@pytest.fixture
+def directory(tmp_path: Path) -> Path:
+    (tmp_path / "files/folder").mkdir(parents=True)
+    for name, content in (("a.txt", CONTENT), ("folder/b.txt", CONTENT.upper())):
+        (tmp_path / "files" / name).write_bytes(content)
+    make_old(tmp_path)
+    return tmp_path
+
+
+class Counting:
+    """The service, with the number of requests that it has seen."""
+
+    def __init__(self, service: Service) -> None:
+        self.service = service
+        self.calls = 0
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        self.calls += 1
+        self.service.locate(scope)
+        await self.service(scope, receive, send)
+
+
+class Client:
+    """A connection that is kept."""
+
+    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, app: Counting) -> None:
+        self.reader, self.writer, self.app = reader, writer, app
+
+    async def ask(self, *lines: str, target: str = "/files/a.txt", method: str = "GET") -> tuple[bytes, bytes]:
+        """Send a request, and return the head and the body of its answer."""
+        self.writer.write("\r\n".join([f"{method} {target} HTTP/1.1", "Host: x", *lines, "\r\n"]).encode())
+        return await self.answer(method)
+
+    async def answer(self, method: str = "GET") -> tuple[bytes, bytes]:
+        head = await asyncio.wait_for(self.reader.readuntil(b"\r\n\r\n"), 30)
+        length = re.search(rb"content-length: ([0-9]+)", head)
+        has_body = method != "HEAD" and length is not None and not head.startswith(b"HTTP/1.1 304")
+        return head, await self.reader.readexactly(int(length[1]) if length is not None and has_body else 0)
+
+    async def kept(self, *lines: str, **options: Any) -> bool:
+        """Return whether the next answer does not come from the application."""
+        before = self.app.calls
+        await self.ask(*lines, **options)
+        return self.app.calls == before
+
+
+@contextlib.asynccontextmanager
+async def client_of(directory: Path, text: str = FILES, *, keeps: bool = True, **options: Any) -> AsyncIterator[Client]:
+    """Serve a directory by settings and options of uvicorn, and give a client. keeps: whether answers are kept."""
+    service = build(load(directory, text).of_own_server())
+    app, kept = Counting(service), (lambda: service.kept_answers) if keeps else None
+    async with (
+        service.router.lifespan_context(service),
+        live(app, http=partial(DownloadProtocol, kept_answers=kept), proxy_headers=False, **options) as port,
+    ):
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        yield Client(reader, writer, app)
+        writer.close()
+
+
+def without_time(head: bytes) -> bytes:
+    return re.sub(rb"(?m)^(date|x-request-id): [^\r]*", rb"\1", head)
+
+
+GET = "GET /files/a.txt HTTP/1.1\r\nHost: x\r\n"
+LAST = "Tue, 14 Nov 2023 22:13:20 GMT"
+
+
+@pytest.mark.parametrize(
+    "request_text, is_kept",
+    [
+        (f"{GET}\r\n", True),
+        (f"{GET}User-Agent: another\r\nAccept-Encoding: gzip, br\r\nCookie: a=b\r\nAccept: text/html\r\n\r\n", True),
+        (f"{GET}Content-Length: 0\r\n\r\n", True),
+        (f"{GET}Connection: keep-alive\r\n\r\n", True),
+        ("GET http://y/files/a.txt HTTP/1.1\r\nHost: x\r\n\r\n", True),
+        (f"{GET}Range: bytes=3-5\r\n\r\n", False),
+        (f"{GET}Range: bytes=3-2,5-9\r\n\r\n", False),
+        (f"{GET}Range: nothing\r\n\r\n", False),
+        (f'{GET}If-None-Match: "x"\r\n\r\n', False),
+        (f"{GET}If-None-Match: *\r\n\r\n", False),
+        (f"{GET}If-Modified-Since: {LAST}\r\n\r\n", False),
+        (f"{GET}If-Unmodified-Since: Tue, 14 Nov 2000 22:13:20 GMT\r\n\r\n", False),
+        (f'{GET}If-Match: "x"\r\n\r\n', False),
+        (f'{GET}If-Range: "x"\r\nRange: bytes=3-5\r\n\r\n', False),
+        (f"{GET}Want-Repr-Digest: sha-256=1\r\n\r\n", False),
+        (f"{GET}Connection: close\r\n\r\n", False),
+        (f"{GET}Expect: 100-continue\r\n\r\n", False),
+        (f"{GET}Content-Length: 3\r\n\r\nabc", False),
+        (f"{GET}Transfer-Encoding: chunked\r\n\r\n0\r\n\r\n", False),
+        (f"{GET}Upgrade: x\r\nConnection: upgrade\r\n\r\n", False),
+        (f"{GET}Host: y\r\n\r\n", False),
+        ("GET /files/a.txt HTTP/1.1\r\n\r\n", False),
+        ("GET /files/a.txt HTTP/1.1\r\nHost: a b\r\n\r\n", False),
+        ("GET /files/a.txt HTTP/1.0\r\n\r\n", False),
+        ("GET /files/a.txt HTTP/1.0\r\nConnection: keep-alive\r\n\r\n", False),
+        ("HEAD /files/a.txt HTTP/1.1\r\nHost: x\r\n\r\n", False),
+        ("POST /files/a.txt HTTP/1.1\r\nHost: x\r\n\r\n", False),
+        ("OPTIONS /files/a.txt HTTP/1.1\r\nHost: x\r\n\r\n", False),
+        ("GET /files/a.txt?a HTTP/1.1\r\nHost: x\r\n\r\n", False),
+        ("GET /files/a.txt? HTTP/1.1\r\nHost: x\r\n\r\n", False),
+        ("GET /files/a.txt#a HTTP/1.1\r\nHost: x\r\n\r\n", False),
+        ("GET /files/%61.txt HTTP/1.1\r\nHost: x\r\n\r\n", False),
+        ("GET //files/a.txt HTTP/1.1\r\nHost: x\r\n\r\n", False),
+        ("GET /files/./a.txt HTTP/1.1\r\nHost: x\r\n\r\n", False),
+        ("GET /files/folder/../a.txt HTTP/1.1\r\nHost: x\r\n\r\n", False),
+    ],
+)
+async def test_an_answer_that_is_given_again_is_the_one_of_the_application(
+    directory: Path, request_text: str, is_kept: bool
+) -> None:
+    answers = []
+    for keeps in (True, False):
+        async with client_of(directory, FILES + LOG, keeps=keeps) as client:
+            assert (await client.ask())[1] == CONTENT
+            assert await client.kept() is keeps
+            before = client.app.calls
+            client.writer.write(request_text.encode())
+            head, body = await client.answer(request_text.partition(" ")[0])
+            answers.append((without_time(head), body))
+            assert (client.app.calls == before) == ((keeps and is_kept) or b" 400 " in head)
+    assert answers[0] == answers[1]
+
+
+@pytest.mark.parametrize(
+    "change, status",
+    [
+        (lambda file: file.write_bytes(CONTENT[:-1] + b"!"), 200),
+        (lambda file: os.utime(file, (1_600_000_000,) * 2), 200),
+        (lambda file: os.truncate(file, 10), 200),
+        (lambda file: file.write_bytes(CONTENT + b"more"), 200),
+        (lambda file: file.with_name("folder").joinpath("b.txt").replace(file), 200),
+        (lambda file: file.unlink(), 404),
+        (lambda file: (file.unlink(), file.mkdir()), 404),
+        (lambda file: subprocess.run(["ln", "-sf", "/dev/null", file], check=True), 404),
+        (lambda file: (file.unlink(), file.symlink_to("/etc/hostname")), 404),
+    ],
+    ids=["written", "time", "cut", "grown", "replaced", "deleted", "folder", "device", "outside"],
+)
+async def test_a_file_that_has_changed_is_answered_anew(
+    directory: Path, change: Callable[[Path], Any], status: int
+) -> None:
+    file = directory / "files/a.txt"
+    async with client_of(directory) as client:
+        head, _ = await client.ask()
+        assert await client.kept()
+        change(file)
+        changed, body = await client.ask()
+        assert changed.startswith(b"HTTP/1.1 %d " % status)
+        if status == 200:
+            assert body == file.read_bytes()
+            assert (body != CONTENT) or without_time(changed) != without_time(head)
+
+
+@pytest.mark.parametrize(
+    "more, target",
+    [
+        ('access = ["hook:hooks:everyone"]\n', "/files/a.txt"),
+        ("limits = { concurrent = 3 }\n", "/files/a.txt"),
+        ('cors = { origins = ["*"] }\n', "/files/a.txt"),
+        ('headers = { Set-Cookie = "a=b" }\n', "/files/a.txt"),
+        ('headers = { X-Request-Id = "mine" }\n', "/files/a.txt"),
+        ("list = true\n", "/files/"),
+        ("list = true\narchive = true\n", "/files/?archive=zip"),
+        ("", "/files/missing"),
+        ("[limits]\nconcurrent = 3\n", "/files/a.txt"),
+    ],
+)
+async def test_what_does_not_depend_on_the_file_alone_is_not_kept(
+    directory: Path, more: str, target: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(directory)
+    (directory / "hooks.py").write_text("async def everyone(request, name):\n    return True\n")
+    async with client_of(directory, FILES + more) as client:
+        for _ in range(3):
+            assert not await client.kept(target=target)
+
+
+@pytest.mark.parametrize(
+    "server, can_keep", [("", True), ('root_path = "/x"', False), ("limit_concurrency = 9", False), ("port = 1", True)]
+)
+async def test_what_uvicorn_has_a_part_in_is_not_kept(directory: Path, server: str, can_keep: bool) -> None:
+    settings = load(directory, f"{FILES}[server]\n{server}\n")
+    generations = Generations(Generation(settings))
+    protocol: Any = config_for(generations, settings).http
+    expected = generations.kept_answers if can_keep else None
+    assert (protocol.func, protocol.keywords["kept_answers"]) == (DownloadProtocol, expected)
+
+
+@pytest.mark.parametrize("more", ["", 'cache_control = "max-age=60"\n', 'hide = ["*.key"]\n', "list = true\n"])
+async def test_what_depends_on_the_file_alone_is_kept(directory: Path, more: str) -> None:
+    async with client_of(directory, FILES + more) as client:
+        assert [await client.kept() for _ in range(3)] == [False, True, True]
+
+
+async def test_an_answer_whose_digest_may_become_known_is_not_kept(directory: Path) -> None:
+    text = FILES.replace('root = "files"', 'root = "files"\ndigests = "known"')
+    async with client_of(directory, f'{text}[digests]\nstore = "digests.db"\n') as client:
+        assert not any([await client.kept() for _ in range(3)])
+
+
+async def test_files_with_precompressed_siblings_are_not_kept(directory: Path) -> None:
+    text = FILES.replace('root = "files"', 'root = "files"\nprecompressed = ["gzip"]')
+    async with client_of(directory, text) as client:
+        await client.ask()
+        (directory / "files/a.txt.gz").write_bytes(b"compressed")
+        os.utime(directory / "files/a.txt.gz", (1_700_000_000,) * 2)
+        head, body = await client.ask("Accept-Encoding: gzip")
+        assert (b"content-encoding: gzip" in head, body) == (True, b"compressed")
+
+
+OFFLOAD = '[offload]\nbackend = "nginx"\n[[offload.rules]]\nsource = "files"\ntarget = "/_files/"\n'
+
+
+async def test_an_offloaded_answer_is_kept(directory: Path) -> None:
+    async with client_of(directory, FILES + OFFLOAD + LOG) as client:
+        head, body = await client.ask()
+        assert await client.kept()
+        again = await client.ask()
+        assert (without_time(again[0]), again[1]) == (without_time(head), body)
+        assert b"x-accel-redirect: /_files/a.txt\r\n" in head
+        assert await client.kept("Range: bytes=3-5") is False
+        (directory / "files/a.txt").unlink()
+        assert (await client.ask())[0].startswith(b"HTTP/1.1 404 ")
+        lines = [json.loads(line) for line in await written(directory, 5)]
+    assert [line["kind"] for line in lines] == ["offloaded:nginx"] * 4 + ["error"]
+    assert [line["result"] for line in lines] == ["delegated"] * 4 + ["refused"]
+
+
+async def written(directory: Path, count: int) -> list[str]:
+    """Return the lines of the log when there are so many."""
+    async with asyncio.timeout(30):
+        while len(lines := (directory / "log").read_text().splitlines()) < count:
+            await asyncio.sleep(0.01)
+    return lines
+
+
+async def test_each_answer_has_its_outcome(directory: Path) -> None:
+    async with client_of(directory, FILES + LOG) as client:
+        ids = []
+        for agent in ("one", "two", "three"):
+            head, _ = await client.ask(f"User-Agent: {agent}")
+            match = re.search(rb"x-request-id: ([0-9a-f]{32})\r\n", head)
+            assert match is not None
+            ids.append(match[1].decode())
+        lines = [json.loads(line) for line in await written(directory, 3)]
+    assert [line["request_id"] for line in lines] == ids
+    assert [line["user_agent"] for line in lines] == ["one", "two", "three"]
+    differ = ("time", "request_id", "seconds", "first_byte", "user_agent")
+    for line in lines:
+        assert 0 <= line["first_byte"] <= line["seconds"] < 30
+    shown = [{name: value for name, value in line.items() if name not in differ} for line in lines]
+    assert shown[0] == shown[1] == shown[2]
+    assert (shown[0]["bytes"], shown[0]["kind"], shown[0]["result"]) == (len(CONTENT), "inline", "completed")
+    assert (shown[0]["route"], shown[0]["source"], shown[0]["name"]) == ("/files/{path:path}", "files", "a.txt")
+
+
+async def test_a_trusted_proxy_tells_the_client_and_the_id(directory: Path) -> None:
+    fields = ("X-Forwarded-For: 192.0.2.7", "X-Request-Id: of-the-proxy")
+    for trusted, client_then, id_then in (("127.0.0.1", "192.0.2.7", "of-the-proxy"), ("192.0.2.1", "127.0.0.1", None)):
+        (directory / "log").unlink(missing_ok=True)
+        settings = f'{FILES}{LOG}[server]\nforwarded_allow_ips = "{trusted}"\n'
+        async with client_of(directory, settings) as client:
+            await client.ask()
+            assert await client.kept(*fields)
+            line = json.loads((await written(directory, 2))[1])
+        assert line["client"] == client_then
+        assert (line["request_id"] == "of-the-proxy") == (id_then is not None)
+
+
+async def test_requests_in_one_packet_are_answered_in_order_by_the_application(directory: Path) -> None:
+    async with client_of(directory, FILES + LOG) as client:
+        await client.ask()
+        assert await client.kept()
+        before = client.app.calls
+        client.writer.write(f"{GET}\r\nGET /files/folder/b.txt HTTP/1.1\r\nHost: x\r\n\r\n{GET}\r\n".encode())
+        names = [re.search(rb'filename="([^"]*)', (await client.answer())[0]) for _ in range(3)]
+        assert [name and name[1] for name in names] == [b"a.txt", b"b.txt", b"a.txt"]
+        assert client.app.calls == before + 3
+        assert await client.kept()
+
+
+async def test_a_head_in_two_pieces_is_answered_by_the_application(directory: Path) -> None:
+    async with client_of(directory) as client:
+        await client.ask()
+        before = client.app.calls
+        client.writer.write(GET.encode())
+        await client.writer.drain()
+        await asyncio.sleep(0)
+        client.writer.write(b"User-Agent: late\r\n\r\n")
+        assert (await client.answer())[1] == CONTENT
+        assert client.app.calls >= before
+
+
+async def test_a_client_that_does_not_read_gets_all_when_it_does(directory: Path) -> None:
+    large = directory / "files/large.bin"
+    large.write_bytes(os.urandom(60_000))
+    make_old(directory)
+    async with client_of(directory, FILES + LOG) as client:
+        await client.ask(target="/files/large.bin")
+        port = client.writer.get_extra_info("peername")[1]
+        with socket.socket() as slow:
+            slow.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            slow.connect(("127.0.0.1", port))
+            slow.setblocking(False)
+            loop = asyncio.get_running_loop()
+            asked = b"GET /files/large.bin HTTP/1.1\r\nHost: x\r\n\r\n"
+            for _ in range(100):  # 6 MB, more than the kernel holds
+                await loop.sock_sendall(slow, asked)
+                await asyncio.sleep(0)
+            received = bytearray()
+            while received.count(b"HTTP/1.1 200 OK\r\n") < 100 or not received.endswith(large.read_bytes()):
+                received += await asyncio.wait_for(loop.sock_recv(slow, 1 << 16), 30)
+        assert received.count(large.read_bytes()) == 100
+        lines = [json.loads(line) for line in await written(directory, 101)]
+        assert {(line["result"], line["bytes"]) for line in lines} == {("completed", 60_000)}
+        assert len({line["request_id"] for line in lines}) == 101
+
+
+async def test_a_client_that_leaves_has_not_got_all(directory: Path) -> None:
+    large = directory / "files/large.bin"
+    large.write_bytes(os.urandom(60_000))
+    make_old(directory)
+    async with client_of(directory, FILES + LOG) as client:
+        await client.ask(target="/files/large.bin")
+        port = client.writer.get_extra_info("peername")[1]
+        with socket.socket() as slow:
+            slow.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            slow.connect(("127.0.0.1", port))
+            slow.setblocking(False)
+            loop = asyncio.get_running_loop()
+            for _ in range(100):
+                await loop.sock_sendall(slow, b"GET /files/large.bin HTTP/1.1\r\nHost: x\r\n\r\n")
+                await asyncio.sleep(0.001)
+            slow.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
+        assert (await client.ask())[1] == CONTENT
+        async with asyncio.timeout(30):
+            while not (aborted := [line for line in await written(directory, 1) if '"aborted"' in line]):
+                await asyncio.sleep(0.01)
+        assert {json.loads(line)["reason"] for line in aborted} == {"client-left"}
+
+
+async def test_a_connection_that_only_got_kept_answers_is_idle_and_ends(directory: Path) -> None:
+    async with client_of(directory) as client:
+        await client.ask()
+        port = client.writer.get_extra_info("peername")[1]
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        other = Client(reader, writer, client.app)
+        assert await other.kept()
+        assert await other.kept()
+        writer.write_eof()
+        assert await asyncio.wait_for(reader.read(), 10) == b""
+        writer.close()
+
+
+async def test_answers_are_forgotten_beyond_a_number(directory: Path) -> None:
+    async with client_of(directory) as client:
+        for number in range(MAX_ANSWERS + 1):
+            await client.ask(target=f"/files/{'./' * (number % 40)}{'%61' if number % 2 else 'a'}.txt")
+        for number in range(MAX_ANSWERS + 1):
+            name = "".join(f"%{ord(one):x}" if number >> place & 1 else one for place, one in enumerate("folder/b.tx"))
+            await client.ask(target=f"/files/{name}t")
+        assert len(client.app.service.kept_answers) == MAX_ANSWERS
+        assert not await client.kept()
+        assert await client.kept()
+
+
+async def test_a_clock_that_is_set_back_and_another_type_have_the_answer_made_anew(
+    directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with client_of(directory) as client:
+        await client.ask()
+        assert await client.kept()
+        with monkeypatch.context() as patch:
+            patch.setattr(time, "time", lambda: 1_600_000_000.0)
+            assert not await client.kept()
+        await client.ask()
+        try:
+            add_content_types({".txt": "text/x-other"})
+            head, _ = await client.ask()
+            assert b"content-type: text/x-other" in head
+        finally:
+            add_content_types({".txt": None})
+
+
+async def test_the_service_counts_nothing_if_nothing_listens(directory: Path) -> None:
+    settings = load(directory, FILES)
+    service = build(settings)
+    assert not settings.listens
+    app = Counting(service)
+    async with live(app, http=partial(DownloadProtocol, kept_answers=lambda: service.kept_answers)) as port:
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        client = Client(reader, writer, app)
+        head, _ = await client.ask()
+        assert await client.kept()
+        assert without_time((await client.ask())[0]) == without_time(head)
+        assert b"x-request-id" not in head
+        writer.close()
+
+
+async def test_observers_get_each_outcome(directory: Path) -> None:
+    seen: list[Outcome] = []
+    service = build(load(directory, FILES + LOG))
+    service._observers = [seen.append]
+    app = Counting(service)
+    async with live(app, http=partial(DownloadProtocol, kept_answers=lambda: service.kept_answers)) as port:
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        client = Client(reader, writer, app)
+        for _ in range(3):
+            await client.ask()
+        writer.close()
+    assert app.calls == 1
+    assert len(seen) == 3
+    assert service.in_progress == 0
+    first = seen[0]
+    for outcome in seen[1:]:
+        assert (outcome.spans, outcome.etag, outcome.size) == (first.spans, first.etag, first.size)
+        assert (outcome.path, outcome.http_version, outcome.method) == (first.path, "1.1", "GET")
+        assert abs(outcome.time - time.time()) < 60
