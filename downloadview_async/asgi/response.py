@@ -76,7 +76,7 @@ from downloadview_async.sources.local.open_file import local_of, open_nowait
 Order = Mapping[str, str]
 """The headers that have a proxy send a file."""
 
-_IN_ONE_MESSAGE = Inline, Empty, Offloaded
+_BY_PREPARED_HEAD = Inline, Empty, Offloaded, Descriptor  # ways in which the whole body follows at once
 _NAME = re.compile(f"{TOKEN_CHAR}+")
 _CONTROL = re.compile(r"[\x00-\x08\x0a-\x1f\x7f]")
 
@@ -367,7 +367,7 @@ class DownloadResponse(Response):
         facts: Facts | None = scope.get(ACCOUNT)
         if facts is not None:
             facts.describe(self.file.name, metadata.etag, metadata.size)
-        if answer.head is not None and path_send and PREPARED in path_send and isinstance(delivery, _IN_ONE_MESSAGE):
+        if answer.head is not None and path_send and PREPARED in path_send and isinstance(delivery, _BY_PREPARED_HEAD):
             start[PREPARED] = answer.head
             is_all = len(start["headers"]) == len(answer.head.headers)
             if self.kept_answers is not None and keep and is_all and isinstance(delivery, Inline | Offloaded):

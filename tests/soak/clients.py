@@ -151,7 +151,7 @@ def _was_late(world: World, record: Record) -> bool:
 
 def _was_cut(world: World, record: Record) -> bool:
     files = world.site.files
-    if _changed_archive(world, record) or _had_too_many_parts(world, record):
+    if _changed_archive(world, record) or _had_too_many_parts(world, record) or _was_replaced(world, record):
         return True
     name = record.path.partition("?")[0].lstrip("/").partition("/")[2]
     return name in files.versions and files.was_cut(name, record.begun, record.ended)
@@ -162,6 +162,14 @@ def _had_too_many_parts(world: World, record: Record) -> bool:
     has_many = record.kind == "several ranges" and record.path.startswith("/mirror/")
     world.ledger.seen["several ranges of a full cache", "cut"] += has_many
     return has_many
+
+
+def _was_replaced(world: World, record: Record) -> bool:
+    """Return whether an object was replaced meanwhile of which several parts are wanted: each is one more request."""
+    has_parts = record.kind == "several ranges" and record.path.startswith("/store/")
+    was_replaced = has_parts and world.ledger.has_begun("object replaced", record.begun)
+    world.ledger.seen["several ranges of a replaced object", "cut"] += was_replaced
+    return was_replaced
 
 
 def _changed_archive(world: World, record: Record) -> bool:

@@ -133,6 +133,10 @@ class Ledger:
             for spell in self._spells
         )
 
+    def has_begun(self, kind: str, since: float) -> bool:
+        """Return whether a fault of a kind has begun since then."""
+        return any(spell.kind == kind and spell.begun >= since for spell in self._spells)
+
     def compare(self, directory: Path) -> list[Record]:
         """Compare all requests that have ended with the lines of the log. Return those whose line is still missing.
 
