@@ -171,11 +171,11 @@ async def send_file(connection: Sending, cycle: Answer, message: Message) -> Non
                     in_turn = 0
                     continue
                 length, by_transport = min(count, window), 0
-                if not is_copying and file.is_quick and file.is_recent():  # else it is not looked at again
-                    is_copying = promised - given <= max(_WINDOW, queue_limit(connection))
+                if is_copying or (file.is_quick and file.is_recent()):  # else it is not looked at again
+                    length = min(length, _WINDOW)
+                    is_copying = is_copying or promised - given <= max(_WINDOW, queue_limit(connection))
                 chunk: memoryview | bytes | None = None
                 if is_copying:
-                    length = min(length, _WINDOW)
                     if pages_end and given + length == promised and untaken_bytes(connection) > given - pages_end:
                         await _pages_are_taken(connection, given - pages_end)
                         in_turn = 0
