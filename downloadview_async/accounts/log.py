@@ -153,7 +153,7 @@ def _text(outcome: Outcome) -> str:
         outcome.user,
         outcome.link_id,
     )
-    return f"{_date(outcome.time)} {_client(outcome.client)} {before}{outcome.seconds:.3f}{behind}{outcome.request_id}"
+    return f"{_date(outcome.time)} {_word(outcome.client)} {before}{outcome.seconds:.3f}{behind}{outcome.request_id}"
 
 
 @lru_cache(1024)  # for answers with the same file, which are many whenever each microsecond counts
@@ -283,9 +283,6 @@ def _word(text: str | None) -> str:
     if not text:
         return "-"
     return text if len(text) <= LIMIT and _PLAIN_WORD.fullmatch(text) else _quoted(text).replace(" ", "\\x20")
-
-
-_client = lru_cache(1024)(_word)
 
 
 def _header(outcome: Outcome, name: bytes) -> str | None:

@@ -7,7 +7,8 @@ or is missing, the application answers as if nothing had been kept. Each answer 
 
 A request may get a kept answer only if it has none of the fields in `DECIDING`. An answer may be kept only if access,
 limits, counts, a query, digests, and middleware of an application have no part in it. `downloadview serve` knows all
-middleware around its routes, so it offers a `KeptAnswers` in the scope of each request. Other applications get none.
+middleware around its routes, so it gives its server a `KeptAnswers`, which the server offers in the scope of each
+request. Other applications are offered none.
 """
 
 import time
@@ -38,6 +39,9 @@ DECIDING = (FIELDS - {b"accept-encoding"}) | {b"expect"}
 
 MAX_ANSWERS = 1024
 """How many answers are kept. The one that was kept first makes room for another one."""
+
+MAX_TARGET = 1024
+"""Bytes of the longest target whose answer is kept: a client can spell one path in many long ways."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,13 +105,15 @@ class KeptAnswers:
         delivery: Inline | Offloaded,
         facts: Facts | None,
     ) -> None:
-        """Keep the answer to the request with this scope, a plain GET."""
+        """Keep the answer to the request with this scope, a plain GET, unless something else has a part in it."""
+        answers, target = self._answers, scope["raw_path"]
         if scope["root_path"] or REQUEST_ID in head.lines or metadata.headers or metadata.digests:
             return
-        answers = self._answers
+        if len(target) > MAX_TARGET:
+            return
         while len(answers) >= MAX_ANSWERS:
             del answers[next(iter(answers))]
-        answers[scope["raw_path"]] = KeptAnswer(
+        answers[target] = KeptAnswer(
             file=file,
             metadata=metadata,
             head=head,

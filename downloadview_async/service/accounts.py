@@ -24,7 +24,7 @@ from downloadview_async import (
     ProxyLog,
     Traces,
 )
-from downloadview_async.asgi.server import KEPT_ANSWERS, KeptAnswers
+from downloadview_async.asgi.server import KeptAnswers
 from downloadview_async.service.access import locating, trusted_proxies
 from downloadview_async.service.dispatch import Dispatch
 from downloadview_async.service.functions import function_of
@@ -64,8 +64,8 @@ class Service(Starlette):
         self._accounts: Accounts | None = None
         self.locate = locating(settings)
         """Changes the scope of a request, before it gets here, as the proxies in front tell."""
-        self.kept_answers = KeptAnswers(self.locate)
-        """The answers that the server may give again."""
+        self.kept_answers = None if settings.accounts.traces else KeptAnswers(self.locate)
+        """The answers that the server may give again; None if each needs the application."""
         self._traces: Traces | None = None
         if settings.accounts.traces:
             with settings.blaming("accounts.traces"):
@@ -84,8 +84,6 @@ class Service(Starlette):
     def answer(self, scope: Scope, receive: Receive, send: Send) -> Awaitable[None]:
         """Return a coroutine that does what a call does, without one more coroutine for each request."""
         scope["app"] = self
-        if self._traces is None and (extensions := scope.get("extensions")) is not None:
-            extensions[KEPT_ANSWERS] = self.kept_answers
         if self.middleware_stack is None:
             self.middleware_stack = self.build_middleware_stack()
         return self.middleware_stack(scope, receive, send)
@@ -104,9 +102,11 @@ class Service(Starlette):
         if self._traces is not None:
             app = self._traces.around(app)
             observers.append(self._traces.observe)
-        self._accounts = self.kept_answers.accounts = accounts = Accounts(
+        self._accounts = accounts = Accounts(
             app, self._listeners, observers=observers, trusted_proxies=trusted, sends_request_id=True
         )
+        if self.kept_answers is not None:
+            self.kept_answers.accounts = accounts
         if metrics is not None:
             metrics.add_accounts(accounts)
         return accounts

@@ -54,8 +54,8 @@ class Generation:
         return self._service.answer(scope, receive, send)
 
     @property
-    def kept_answers(self) -> KeptAnswers:
-        """The answers that the server may give again."""
+    def kept_answers(self) -> KeptAnswers | None:
+        """The answers that the server may give again; None if each needs the application."""
         return self._service.kept_answers
 
     def drain(self) -> None:
@@ -165,8 +165,8 @@ class Generations:
             if generation.is_retired and not generation.requests:
                 generation.ended.set()
 
-    def kept_answers(self) -> KeptAnswers:
-        """Return the answers of the newest generation that the server may give again."""
+    def kept_answers(self) -> KeptAnswers | None:
+        """Return the answers of the newest generation that the server may give again, or None."""
         return self._current.kept_answers
 
     def drain(self) -> None:

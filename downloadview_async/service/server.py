@@ -71,8 +71,8 @@ class Application(Protocol):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer a request, or run the lifespan."""
 
-    def kept_answers(self) -> KeptAnswers:
-        """Return the answers that the server may give again now: see `DownloadProtocol`."""
+    def kept_answers(self) -> KeptAnswers | None:
+        """Return the answers that the server may give again now, or None: see `DownloadProtocol`."""
 
 
 def config_for(app: Application | None, settings: Settings) -> uvicorn.Config:

@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 import threading
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -220,6 +221,18 @@ log(outcome(name="last"))
     assert all(json.loads(line) for line in lines)
     assert not torn.endswith("}")
     assert json.loads(last)["name"] == "last"
+
+
+@pytest.mark.parametrize("field", ["path", "client"])
+def test_no_long_text_of_a_client_is_kept(tmp_path: Path, field: str) -> None:
+    text = weakref.ref(long := Text("/" + "a" * LIMIT))
+    line_of("text", tmp_path, **{field: long})
+    del long
+    assert text() is None
+
+
+class Text(str):
+    """A text that can be referred to weakly."""
 
 
 def test_without_a_path_lines_go_to_the_standard_error() -> None:

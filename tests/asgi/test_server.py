@@ -31,6 +31,7 @@ from downloadview_async.asgi.delivery import SMALL
 from downloadview_async.asgi.server import DownloadProtocol
 from downloadview_async.asgi.uvicorn import sendfile
 from downloadview_async.sources.local import open_file
+from downloadview_async.sources.local.open_file import CHUNK_SIZE
 from downloadview_async.sources.local.refused_calls import Refusals
 from tests.asgi.test_slow_disk import FILES, server_on
 from tests.live import ask, ask_raw, live, make_old, parse, uvicorn_for
@@ -142,15 +143,16 @@ async def test_the_bytes_do_not_come_by_way_of_python(big: Path, monkeypatch: py
 
 async def test_where_sendfile_is_refused_each_byte_is_read_once(big: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The client is slow, so that the kernel takes less than what was read."""
-    read = 0
+    read = largest = 0
     pread = os.pread
 
     def refuse(*args: Any) -> int:
         raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
 
     def counted(*args: Any) -> bytes:
-        nonlocal read
+        nonlocal read, largest
         read += len(chunk := pread(*args))
+        largest = max(largest, len(chunk))
         return chunk
 
     monkeypatch.setattr(sendfile, "_refusals", Refusals("sendfile"))
@@ -164,6 +166,29 @@ async def test_where_sendfile_is_refused_each_byte_is_read_once(big: Path, monke
         answer = parse(await sipped(client, 1 << 16, 0.001))
     assert answer.body == big.read_bytes()
     assert read == 4 * MIB
+    assert largest == CHUNK_SIZE  # which a client that stalls would hold
+
+
+@on_disk
+@pytest.mark.parametrize("is_recent", [False, True])
+async def test_a_download_that_nobody_waits_for_has_longer_turns(
+    big: Path, is_recent: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """But not that of a file that may be changing: no turn may reach into the last bytes, which are copied."""
+    app = app_for(big.parent)
+    if is_recent:
+        os.utime(big)
+    lengths: list[int] = []
+    original = os.sendfile
+
+    def counted(*args: Any) -> int:
+        lengths.append(args[3])
+        return original(*args)
+
+    monkeypatch.setattr(os, "sendfile", counted)
+    async with live(app, http=DownloadProtocol) as port:
+        assert (await ask(port, "/ours/big.bin")).body == big.read_bytes()
+    assert (lengths[0], max(lengths)) == (CHUNK_SIZE, CHUNK_SIZE if is_recent else MIB)
 
 
 async def test_a_cold_file(big: Path) -> None:

@@ -2,12 +2,14 @@
 
 import asyncio
 import contextlib
+import gc
 import json
 import os
 import re
 import socket
 import subprocess
 import time
+import weakref
 from collections.abc import AsyncIterator, Callable
 from functools import partial
 from pathlib import Path
@@ -16,7 +18,7 @@ from typing import Any
 import pytest
 from starlette.types import Receive, Scope, Send
 
-from downloadview_async import Outcome, add_content_types
+from downloadview_async import Accounts, Outcome, add_content_types
 from downloadview_async.asgi.kept_answers import MAX_ANSWERS
 from downloadview_async.asgi.server import DownloadProtocol
 from downloadview_async.service.accounts import Service
@@ -79,13 +81,20 @@ class Client:
 
 
 @contextlib.asynccontextmanager
-async def client_of(directory: Path, text: str = FILES, *, keeps: bool = True, **options: Any) -> AsyncIterator[Client]:
+async def client_of(
+    directory: Path,
+    text: str = FILES,
+    *,
+    keeps: bool = True,
+    protocol: type[DownloadProtocol] = DownloadProtocol,
+    **options: Any,
+) -> AsyncIterator[Client]:
     """Serve a directory by settings and options of uvicorn, and give a client. keeps: whether answers are kept."""
     service = build(load(directory, text).of_own_server())
     app, kept = Counting(service), (lambda: service.kept_answers) if keeps else None
     async with (
         service.router.lifespan_context(service),
-        live(app, http=partial(DownloadProtocol, kept_answers=kept), proxy_headers=False, **options) as port,
+        live(app, http=partial(protocol, kept_answers=kept), proxy_headers=False, **options) as port,
     ):
         reader, writer = await asyncio.open_connection("127.0.0.1", port)
         yield Client(reader, writer, app)
@@ -198,6 +207,7 @@ async def test_a_file_that_has_changed_is_answered_anew(
         ("list = true\narchive = true\n", "/files/?archive=zip"),
         ("", "/files/missing"),
         ("[limits]\nconcurrent = 3\n", "/files/a.txt"),
+        ("[accounts]\ntraces = true\n", "/files/a.txt"),
     ],
 )
 async def test_what_does_not_depend_on_the_file_alone_is_not_kept(
@@ -315,15 +325,100 @@ async def test_requests_in_one_packet_are_answered_in_order_by_the_application(d
 
 
 async def test_a_head_in_two_pieces_is_answered_by_the_application(directory: Path) -> None:
-    async with client_of(directory) as client:
+    received = asyncio.Queue[bytes]()
+
+    class Telling(DownloadProtocol):
+        def data_received(self, data: bytes) -> None:
+            super().data_received(data)
+            received.put_nowait(data)
+
+    async with client_of(directory, protocol=Telling) as client:
         await client.ask()
+        assert await client.kept()
         before = client.app.calls
         client.writer.write(GET.encode())
-        await client.writer.drain()
-        await asyncio.sleep(0)
+        async with asyncio.timeout(30):
+            while await received.get() != GET.encode():
+                pass
         client.writer.write(b"User-Agent: late\r\n\r\n")
         assert (await client.answer())[1] == CONTENT
-        assert client.app.calls >= before
+        assert client.app.calls == before + 1
+
+
+async def test_the_last_answer_of_a_server_that_drains_says_so(directory: Path) -> None:
+    connections: list[DownloadProtocol] = []
+
+    class Followed(DownloadProtocol):
+        def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+            super().connection_made(transport)
+            connections.append(self)
+
+    async with client_of(directory, protocol=Followed) as client:
+        await client.ask()
+        assert await client.kept()
+        connections[0].drain()
+        head, body = await client.ask()
+        assert (b"connection: close\r\n" in head, body) == (True, CONTENT)
+        assert await asyncio.wait_for(client.reader.read(), 10) == b""
+
+
+@pytest.mark.parametrize("text", [FILES, FILES + LOG], ids=["uncounted", "counted"])
+async def test_a_connection_with_such_an_answer_leaves_nothing_to_the_garbage_collector(
+    directory: Path, text: str
+) -> None:
+    connections: list[weakref.ref[DownloadProtocol]] = []
+
+    class Followed(DownloadProtocol):
+        def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+            super().connection_made(transport)
+            connections.append(weakref.ref(self))
+
+    async with client_of(directory, text, protocol=Followed) as client:
+        await client.ask()
+        gc.collect()
+        gc.disable()
+        try:
+            port = client.writer.get_extra_info("peername")[1]
+            reader, writer = await asyncio.open_connection("127.0.0.1", port)
+            assert await Client(reader, writer, client.app).kept()
+            writer.close()
+            async with asyncio.timeout(30):
+                while connections[1]() is not None:
+                    await asyncio.sleep(0.01)
+        finally:
+            gc.enable()
+
+
+async def test_the_pace_of_an_answer_ends_before_another_one_is_given_again(directory: Path) -> None:
+    paced = '[[routes]]\npath = "/paced/{path:path}"\nsource = "files"\nlimits = { rate = "1GB/s" }\n'
+    connections: list[DownloadProtocol] = []
+
+    class Followed(DownloadProtocol):
+        def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+            super().connection_made(transport)
+            connections.append(self)
+
+    async with client_of(directory, FILES + paced, protocol=Followed) as client:
+        await client.ask()
+        assert await client.kept()
+        (directory / "files/large.bin").write_bytes(bytes(200_000))
+        await client.ask(target="/paced/large.bin")
+        assert connections[0].paced_at is not None
+        assert not await client.kept()
+        async with asyncio.timeout(30):
+            while not await client.kept():
+                await asyncio.sleep(0.01)
+        assert connections[0].paced_at is None
+
+
+async def test_no_answer_to_a_long_target_is_kept(directory: Path) -> None:
+    async with client_of(directory) as client:
+        target = f"/files/{'./' * 1_000}a.txt"
+        assert (await client.ask(target=target))[1] == CONTENT
+        assert not await client.kept(target=target)
+        kept_answers = client.app.service.kept_answers
+        assert kept_answers is not None
+        assert len(kept_answers) == 0
 
 
 async def test_a_client_that_does_not_read_gets_all_when_it_does(directory: Path) -> None:
@@ -394,7 +489,9 @@ async def test_answers_are_forgotten_beyond_a_number(directory: Path) -> None:
         for number in range(MAX_ANSWERS + 1):
             name = "".join(f"%{ord(one):x}" if number >> place & 1 else one for place, one in enumerate("folder/b.tx"))
             await client.ask(target=f"/files/{name}t")
-        assert len(client.app.service.kept_answers) == MAX_ANSWERS
+        kept_answers = client.app.service.kept_answers
+        assert kept_answers is not None
+        assert len(kept_answers) == MAX_ANSWERS
         assert not await client.kept()
         assert await client.kept()
 
@@ -451,3 +548,22 @@ async def test_observers_get_each_outcome(directory: Path) -> None:
         assert (outcome.spans, outcome.etag, outcome.size) == (first.spans, first.etag, first.size)
         assert (outcome.path, outcome.http_version, outcome.method) == (first.path, "1.1", "GET")
         assert abs(outcome.time - time.time()) < 60
+
+
+async def test_an_answer_that_has_no_id_is_given_without_one(directory: Path) -> None:
+    seen: list[Outcome] = []
+    async with client_of(directory) as client:
+        await client.ask()
+        kept_answers = client.app.service.kept_answers
+        assert kept_answers is not None
+        kept_answers.accounts = Accounts(client.app, observers=[seen.append])
+        head, _ = await client.ask()
+    assert (client.app.calls, len(seen), b"x-request-id" in head) == (1, 1, False)
+
+
+async def test_what_no_server_gives_again_is_not_kept(directory: Path) -> None:
+    async with client_of(directory, keeps=False) as client:
+        await client.ask()
+        kept_answers = client.app.service.kept_answers
+        assert kept_answers is not None
+        assert len(kept_answers) == 0

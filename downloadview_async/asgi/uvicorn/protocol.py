@@ -106,7 +106,7 @@ from httptools import HttpRequestParser
 from downloadview_async.asgi.deadline import STALL_SECONDS
 from downloadview_async.asgi.disconnect import MAX_UNREAD_BODY
 from downloadview_async.asgi.extensions import CONNECTION, PACE, PATHSEND, PREPARED, REQUEST_ID
-from downloadview_async.asgi.kept_answers import DECIDING, KeptAnswers
+from downloadview_async.asgi.kept_answers import DECIDING, KEPT_ANSWERS, KeptAnswers
 from downloadview_async.asgi.uvicorn.cycle import CONNECTION_CLOSE, DownloadCycle, lines_of
 from downloadview_async.asgi.uvicorn.encrypted import CountingTransport, EncryptedStream
 from downloadview_async.asgi.uvicorn.flow import Flow, Signal
@@ -205,8 +205,8 @@ class DownloadProtocol(HttpToolsProtocol):
     stall_seconds, minimum_rate (bytes per second): a client that takes less on the average of so many seconds is
     dropped, and so is one that has not sent the whole head of a request in that time. To set other values, give uvicorn
     `functools.partial(DownloadProtocol, stall_seconds=...)` as `http`.
-    kept_answers: returns the answers that the application lets the server give again, if it does: see `KeptAnswers`.
-    uvicorn has no part in these, so not with its `root_path`, `limit_concurrency` or access log.
+    kept_answers: returns where the application may keep answers for the server to give again, or None: see
+    `KeptAnswers`. uvicorn has no part in these, so not with its `root_path`, `limit_concurrency` or access log.
     """
 
     # Not in the dictionary of the instance: with more keys it would weigh twice as much.
@@ -254,7 +254,7 @@ class DownloadProtocol(HttpToolsProtocol):
         *args: Any,
         stall_seconds: float = STALL_SECONDS,
         minimum_rate: int = MINIMUM_RATE,
-        kept_answers: Callable[[], KeptAnswers] | None = None,
+        kept_answers: Callable[[], KeptAnswers | None] | None = None,
         **options: Any,
     ) -> None:
         super().__init__(*args, **options)
@@ -464,14 +464,17 @@ class DownloadProtocol(HttpToolsProtocol):
         except Refused as refused:
             self._refuse(refused.status, refused.text)
             return
+        answers = None if self._kept_answers is None or not self._has_plain_socket else self._kept_answers()
         # of requests in one packet, each waits for its turn: a client that sends thousands would hold up all others
-        if self._is_alone and self._kept_answers is not None and self._has_given_again(self._kept_answers(), version):
+        if self._is_alone and answers is not None and self._has_given_again(answers, version):
             self._phase = _BODY
             self._framing_bytes = 0
             self.headers = _TRAILERS
             return
         scope = self.scope
         extensions: Any = {PATHSEND: _PATH_SEND, CONNECTION: self} if self._has_plain_socket else {}
+        if answers is not None:
+            extensions[KEPT_ANSWERS] = answers
         if self._may_be_paced:
             extensions[PACE] = self
             if self.paced_at is not None and self._pace_timer is None:
@@ -506,7 +509,6 @@ class DownloadProtocol(HttpToolsProtocol):
             or self._body_left != 0
             or self._is_draining
             or self.paced_at is not None
-            or not self._has_plain_socket
             or self.flow.write_paused
             or not DECIDING.isdisjoint(dict(self.headers))
             or (lines := lines_of(self.server_state.default_headers)) is None
@@ -516,7 +518,10 @@ class DownloadProtocol(HttpToolsProtocol):
         scope: Any = self.scope
         scope["extensions"] = {CONNECTION: self}
         account = answers.begin(answer, scope, body)
-        request_id = b"" if account is None else b"%s: %s\r\n" % (REQUEST_ID, account.request_id.encode())
+        del scope["extensions"]  # else only the garbage collector would free the connection
+        request_id = b""
+        if account is not None and account.sends_id:
+            request_id = b"%s: %s\r\n" % (REQUEST_ID, account.request_id.encode())
         self.transport.write(b"".join((STATUS_LINE[200], lines, answer.head.lines, request_id, b"\r\n", body)))
         self.server_state.total_requests += 1
         if account is not None:

@@ -29,8 +29,8 @@ from downloadview_async.sources.local.path import LocalFile
 from downloadview_async.sources.local.refused_calls import Refusals
 from downloadview_async.sources.workers import MID_TRANSFER
 
-_WINDOW = CHUNK_SIZE  # bytes that are sent in one turn, while other clients wait
-_ALONE = 4 * _WINDOW  # and while none does
+_WINDOW = CHUNK_SIZE  # bytes that are sent in one turn while other downloads wait, and the most that are in memory
+_ALONE = 4 * _WINDOW  # bytes that are sent in one turn while none waits
 # Bytes that go through the transport when the socket is full: the transport then waits for the client. Where `sendfile`
 # goes on answering EAGAIN although the transport sends all, they double each time.
 _FEW = 128
@@ -171,8 +171,9 @@ async def send_file(connection: Sending, cycle: Answer, message: Message) -> Non
                     in_turn = 0
                     continue
                 length, by_transport = min(count, window), 0
-                if not is_copying and file.is_quick and file.is_recent():  # else it is not looked at again
-                    is_copying = promised - given <= max(_WINDOW, queue_limit(connection))
+                if is_copying or (file.is_quick and file.is_recent()):  # else it is not looked at again
+                    length = min(length, _WINDOW)
+                    is_copying = is_copying or promised - given <= max(_WINDOW, queue_limit(connection))
                 chunk: memoryview | bytes | None = None
                 if is_copying:
                     if pages_end and given + length == promised and untaken_bytes(connection) > given - pages_end:
@@ -202,7 +203,7 @@ async def send_file(connection: Sending, cycle: Answer, message: Message) -> Non
                     else:
                         few = _FEW
                         if not sent:  # FUSE, too, sends 0 bytes before the end of the file: after a short read
-                            by_transport = length
+                            by_transport = min(length, _WINDOW)
                         elif chunk is None:
                             pages_end = given + sent
                 except ConnectionError:
@@ -211,7 +212,7 @@ async def send_file(connection: Sending, cycle: Answer, message: Message) -> Non
                 except OSError as exc:
                     if chunk is None:
                         _refusals.note(file.device, exc)
-                    by_transport = length
+                    by_transport = min(length, _WINDOW)
                 if by_transport:
                     if chunk is None:
                         chunk = await file.read(ByteRange(offset, offset + by_transport))
@@ -222,7 +223,7 @@ async def send_file(connection: Sending, cycle: Answer, message: Message) -> Non
                     if sent < len(chunk):
                         break
                     if sent > _FEW:
-                        in_turn += _WINDOW
+                        in_turn += window
                 if sent == 0:
                     raise TransferAborted(
                         f"the file ended {count} bytes before the end of the promised content", reason="file-changed"
