@@ -19,6 +19,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 _PACKAGE = "downloadview_async."
@@ -231,16 +232,66 @@ def _record_open_files() -> Callable[[], list[Count]]:
     return counts
 
 
+def _record_kept_answers() -> Callable[[], list[Count]]:
+    """Count what `KeptAnswers` does, and return what gives the count.
+
+    The times are those of this thread while the clients came: "without" and a miss are the application's answer to a
+    request whose answer was then kept, without what the server does for it; a hit is all that the server does instead.
+    """
+    from downloadview_async.asgi.kept_answers import KeptAnswers
+    from downloadview_async.asgi.server import DownloadProtocol
+    from downloadview_async.service.reload import Generation
+
+    calls = kept = 0
+    hits: list[float] = []
+    answered: list[float] = []
+    keep, give, answer = KeptAnswers.keep, DownloadProtocol._has_given_again, Generation.app
+
+    def keep_counted(answers: KeptAnswers, *args: Any) -> None:
+        nonlocal kept
+        kept += 1
+        keep(answers, *args)
+
+    def give_counted(connection: DownloadProtocol, *args: Any) -> bool:
+        nonlocal calls
+        calls += 1
+        start = time.thread_time()
+        is_hit = give(connection, *args)
+        if is_hit:
+            hits.append(time.thread_time() - start)
+        return is_hit
+
+    async def answer_counted(generation: Generation, *args: Any) -> None:
+        before, start = kept, time.thread_time()
+        await answer(generation, *args)
+        if kept == before + 1:  # nothing else ran meanwhile: such an answer waits for nothing
+            answered.append(time.thread_time() - start)
+
+    KeptAnswers.keep = keep_counted  # type: ignore[method-assign, assignment]
+    DownloadProtocol._has_given_again = give_counted  # type: ignore[method-assign, assignment]
+    Generation.app = answer_counted  # type: ignore[method-assign, assignment]
+
+    def counts() -> list[Count]:
+        if not (hits and answered):
+            return []
+        name, direct, hit = "asgi.kept_answers.KeptAnswers", median(answered), median(hits)
+        return [Count(cache=name, calls=calls, hits=len(hits), direct=direct, hit=hit, miss=direct)]
+
+    return counts
+
+
 def main(file: Path, module: str, arguments: list[str]) -> None:
     """Run a module as `python -m` does, with counted caches."""
     _record_lru_caches()
     count_open_files = _record_open_files()
+    count_kept_answers = _record_kept_answers()
 
     def write(number: int, frame: object) -> None:
         from uvicorn.server import ServerState
 
+        gc.unfreeze()  # the service freezes what exists at its start, and that is not found then
         requests = sum(state.total_requests for state in gc.get_objects() if isinstance(state, ServerState))
-        counts = [asdict(count) for count in (*_count_lru_caches(), *count_open_files())]
+        counts = [asdict(count) for count in (*count_kept_answers(), *_count_lru_caches(), *count_open_files())]
         unfinished = file.with_suffix(".unfinished")
         unfinished.write_text(json.dumps({"requests": requests, "counts": counts}))
         unfinished.rename(file)
