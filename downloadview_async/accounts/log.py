@@ -153,7 +153,9 @@ def _text(outcome: Outcome) -> str:
         outcome.user,
         outcome.link_id,
     )
-    return f"{_date(outcome.time)} {_client(outcome.client)} {before}{outcome.seconds:.3f}{behind}{outcome.request_id}"
+    client = outcome.client
+    shown = _word(client) if client is not None and len(client) > LIMIT else _client(client)
+    return f"{_date(outcome.time)} {shown} {before}{outcome.seconds:.3f}{behind}{outcome.request_id}"
 
 
 @lru_cache(1024)  # for answers with the same file, which are many whenever each microsecond counts

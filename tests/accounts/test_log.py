@@ -343,6 +343,13 @@ def test_the_members_of_a_long_path_are_not_kept(tmp_path: Path) -> None:
     assert log._json_of_answer.cache_info().currsize == kept
 
 
+def test_a_long_client_of_a_trusted_proxy_is_not_kept(tmp_path: Path) -> None:
+    kept = log._client.cache_info().currsize
+    for number in range(3):
+        assert f" {number}{number}" in line_of("text", tmp_path, client=f"{number}" * (LIMIT + 1)).splitlines()[-1]
+    assert log._client.cache_info().currsize == kept
+
+
 def test_a_log_that_nothing_uses_closes_its_file(tmp_path: Path) -> None:
     def number_of_open_files() -> int:
         return sum(os.path.realpath(one) == str(path.resolve()) for one in Path("/proc/self/fd").iterdir())

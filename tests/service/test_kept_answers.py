@@ -214,7 +214,16 @@ async def test_what_does_not_depend_on_the_file_alone_is_not_kept(
 
 
 @pytest.mark.parametrize(
-    "server, can_keep", [("", True), ('root_path = "/x"', False), ("limit_concurrency = 9", False), ("port = 1", True)]
+    "server, can_keep",
+    [
+        ("", True),
+        ('root_path = "/x"', False),
+        ("limit_concurrency = 9", False),
+        ("port = 1", True),
+        ('log_level = "trace"', False),
+        ('log_level = "debug"', False),
+        ('log_level = "warning"', True),
+    ],
 )
 async def test_what_uvicorn_has_a_part_in_is_not_kept(directory: Path, server: str, can_keep: bool) -> None:
     settings = load(directory, f"{FILES}[server]\n{server}\n")
