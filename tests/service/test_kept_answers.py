@@ -531,14 +531,15 @@ async def test_a_client_that_leaves_has_got_what_its_machine_has_taken(directory
                 writer.write(b"GET /files/?format=ndjson HTTP/1.1\r\nHost: x\r\n\r\n")
                 assert b"transfer-encoding: chunked\r\n" in await reader.readuntil(b"\r\n\r\n")
                 await reader.readuntil(b"\r\n0\r\n\r\n")
-            writer.transport.pause_reading()
+            transport: Any = writer.transport
+            transport.pause_reading()
             taken_before, calls = taken_by(slow), app.calls
             writer.write(b"GET /files/large.bin HTTP/1.1\r\nHost: x\r\n\r\n")
             taken = -1
             while taken < (taken := taken_by(slow) - taken_before - len(head)) or taken <= 0:
                 await asyncio.sleep(0.2)
             slow.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-            writer.transport.abort()
+            transport.abort()
             line = json.loads((await written(directory, 4 if is_chunked else 3))[-1])
             assert (line["result"], line["reason"], line["bytes"]) == ("aborted", "client-left", taken)
             assert app.calls == calls
