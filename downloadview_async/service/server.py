@@ -86,6 +86,7 @@ def config_for(app: Application | None, settings: Settings) -> uvicorn.Config:
         options["http"] = _http2_protocols(settings, **watch)
     elif server.http == "auto":
         is_plain = server.limit_concurrency is None and not server.root_path
+        is_plain = is_plain and server.log_level not in ("debug", "trace")  # the application logs each request then
         kept_answers = app.kept_answers if app is not None and is_plain else None
         options["http"] = partial(DownloadProtocol, kept_answers=kept_answers, **watch)
     # the application writes the log of answers, and knows the proxies

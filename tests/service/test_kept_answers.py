@@ -7,7 +7,9 @@ import json
 import os
 import re
 import socket
+import struct
 import subprocess
+import sys
 import time
 import weakref
 from collections.abc import AsyncIterator, Callable
@@ -25,7 +27,7 @@ from downloadview_async.service.accounts import Service
 from downloadview_async.service.app import build
 from downloadview_async.service.reload import Generation, Generations
 from downloadview_async.service.server import config_for
-from tests.live import live, make_old
+from tests.live import live, make_old, uvicorn_for
 from tests.service.loading import FILES, load
 
 pytestmark = pytest.mark.asyncio
@@ -221,7 +223,16 @@ async def test_what_does_not_depend_on_the_file_alone_is_not_kept(
 
 
 @pytest.mark.parametrize(
-    "server, can_keep", [("", True), ('root_path = "/x"', False), ("limit_concurrency = 9", False), ("port = 1", True)]
+    "server, can_keep",
+    [
+        ("", True),
+        ('root_path = "/x"', False),
+        ("limit_concurrency = 9", False),
+        ("port = 1", True),
+        ('log_level = "trace"', False),
+        ('log_level = "debug"', False),
+        ('log_level = "warning"', True),
+    ],
 )
 async def test_what_uvicorn_has_a_part_in_is_not_kept(directory: Path, server: str, can_keep: bool) -> None:
     settings = load(directory, f"{FILES}[server]\n{server}\n")
@@ -567,3 +578,88 @@ async def test_what_no_server_gives_again_is_not_kept(directory: Path) -> None:
         kept_answers = client.app.service.kept_answers
         assert kept_answers is not None
         assert len(kept_answers) == 0
+
+
+async def test_a_client_that_has_left_before_its_answer_has_an_outcome(directory: Path) -> None:
+    async with client_of(directory, FILES + LOG) as client:
+        assert not await client.kept()
+        port = client.writer.get_extra_info("peername")[1]
+        for _ in range(3):
+            reader, writer = await asyncio.open_connection("127.0.0.1", port)
+            assert await Client(reader, writer, client.app).kept()
+            sock = writer.get_extra_info("socket")
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            writer.write(f"{GET}\r\n".encode())
+            writer.transport.abort()
+        lines = [json.loads(line) for line in await written(directory, 7)]
+        left = [line["bytes"] for line in lines if (line["result"], line["reason"]) == ("aborted", "client-left")]
+        assert left == [0] * 3
+        assert client.app.calls == 1
+        assert client.app.service.in_progress == 0  # a reload waits for that
+
+
+async def test_a_connection_is_freed_with_its_last_answer(directory: Path) -> None:
+    def connections() -> int:
+        return sum(type(one) is DownloadProtocol for one in gc.get_objects())
+
+    async with client_of(directory) as client:
+        await client.ask()
+        port = client.writer.get_extra_info("peername")[1]
+        gc.collect()
+        before = connections()
+        gc.disable()
+        try:
+            for lines in ((), ("Range: bytes=3-5",)):
+                reader, writer = await asyncio.open_connection("127.0.0.1", port)
+                other = Client(reader, writer, client.app)
+                await other.ask(*lines)
+                assert await other.kept()
+                writer.close()
+                await writer.wait_closed()
+                async with asyncio.timeout(10):
+                    while connections() > before:
+                        await asyncio.sleep(0.01)
+        finally:
+            gc.enable()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the kernel tells what a client has taken")
+@pytest.mark.parametrize("is_chunked", [False, True])
+async def test_a_client_that_leaves_has_got_what_its_machine_has_taken(directory: Path, is_chunked: bool) -> None:
+    (directory / "files/large.bin").write_bytes(os.urandom(60_000))
+    make_old(directory)
+    service = build(load(directory, f"{FILES}list = true\n{LOG}").of_own_server())
+    app = Counting(service)
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 8192)  # so that the transport holds most of the answer
+        http = partial(DownloadProtocol, kept_answers=lambda: service.kept_answers)
+        async with service.router.lifespan_context(service), uvicorn_for(app, sockets=[listener], http=http):
+            slow = socket.socket()
+            slow.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            slow.connect(listener.getsockname())
+            slow.setblocking(False)
+            reader, writer = await asyncio.open_connection(sock=slow)
+            client = Client(reader, writer, app)
+            head, _ = await client.ask(target="/files/large.bin")
+            assert await client.kept(target="/files/large.bin")
+            if is_chunked:
+                writer.write(b"GET /files/?format=ndjson HTTP/1.1\r\nHost: x\r\n\r\n")
+                assert b"transfer-encoding: chunked\r\n" in await reader.readuntil(b"\r\n\r\n")
+                await reader.readuntil(b"\r\n0\r\n\r\n")
+            transport: Any = writer.transport
+            transport.pause_reading()
+            taken_before, calls = taken_by(slow), app.calls
+            writer.write(b"GET /files/large.bin HTTP/1.1\r\nHost: x\r\n\r\n")
+            taken = -1
+            while taken < (taken := taken_by(slow) - taken_before - len(head)) or taken <= 0:
+                await asyncio.sleep(0.2)
+            slow.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            transport.abort()
+            line = json.loads((await written(directory, 4 if is_chunked else 3))[-1])
+            assert (line["result"], line["reason"], line["bytes"]) == ("aborted", "client-left", taken)
+            assert app.calls == calls
+
+
+def taken_by(sock: socket.socket) -> int:
+    """Return how many bytes the machine of a client has taken: `tcpi_bytes_received`."""
+    return int(struct.unpack_from("Q", sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 136), 128)[0])

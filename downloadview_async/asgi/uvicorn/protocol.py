@@ -299,7 +299,10 @@ class DownloadProtocol(HttpToolsProtocol):
 
     @property
     def cycle(self) -> Any:
-        """The request that is being answered, or the last one: a `DownloadCycle`, or None before the first."""
+        """The request that is being answered, or the last one: a `DownloadCycle`.
+
+        None before the first, and after an answer that was kept.
+        """
         return self._cycle
 
     @cycle.setter
@@ -526,6 +529,10 @@ class DownloadProtocol(HttpToolsProtocol):
         self.server_state.total_requests += 1
         if account is not None:
             account.take_whole(len(body))
+            account.leave()  # ends it if the client has left
+        # The last answer has no cycle. The scope refers to this connection, and the cycle before it may do so.
+        nothing: Any = None
+        self.scope = self._cycle = nothing
         self._begin_to_wait()
         return True
 
