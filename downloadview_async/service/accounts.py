@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequen
 from contextlib import asynccontextmanager
 from datetime import timedelta
 from ipaddress import ip_network
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import anyio
 from starlette.applications import Starlette
@@ -24,12 +24,14 @@ from downloadview_async import (
     ProxyLog,
     Traces,
 )
-from downloadview_async.asgi.server import KeptAnswers
-from downloadview_async.service.access import locating, trusted_proxies
+from downloadview_async.service.access import trusted_proxies
 from downloadview_async.service.dispatch import Dispatch
 from downloadview_async.service.functions import function_of
 from downloadview_async.service.logs import one_line
 from downloadview_async.service.settings import DatabaseUnavailable, Settings
+
+if TYPE_CHECKING:
+    from downloadview_async.asgi.server import KeptAnswers  # needs uvicorn
 
 _PATIENCE = 10.0  # seconds that a database may take at the start
 
@@ -62,10 +64,8 @@ class Service(Starlette):
             with settings.blaming("log.path"):
                 self._listeners.append(AccessLog(log.path, format=log.format))
         self._accounts: Accounts | None = None
-        self.locate = locating(settings)
-        """Changes the scope of a request, before it gets here, as the proxies in front tell."""
-        self.kept_answers = None if settings.accounts.traces else KeptAnswers(self.locate)
-        """The answers that the server may give again; None if each needs the application."""
+        self.kept_answers: KeptAnswers | None = None
+        """Where the server keeps answers that it gives again, if the server of this application does that."""
         self._traces: Traces | None = None
         if settings.accounts.traces:
             with settings.blaming("accounts.traces"):

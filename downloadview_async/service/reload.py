@@ -17,6 +17,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from downloadview_async import ConfigurationError, add_content_types
 from downloadview_async.asgi.server import KeptAnswers, SendLater
+from downloadview_async.service.access import locating
 from downloadview_async.service.app import build
 from downloadview_async.service.logs import one_line
 from downloadview_async.service.server import DownloadServer
@@ -39,6 +40,9 @@ class Generation:
     def __init__(self, settings: Settings) -> None:
         self.settings = settings = settings.of_own_server()
         self._service = build(settings)
+        self._locate = locating(settings)
+        if not settings.accounts.traces:  # which the application makes for each request
+            self._service.kept_answers = KeptAnswers(self._locate)
         self.reference: weakref.ref[ASGIApp] = weakref.ref(self._service)
         self.requests = 0
         self.ended = asyncio.Event()  # when the last request has, after the generation has retired
@@ -50,7 +54,7 @@ class Generation:
 
     def app(self, scope: Scope, receive: Receive, send: Send) -> Awaitable[None]:
         """Answer a request."""
-        self._service.locate(scope)
+        self._locate(scope)
         return self._service.answer(scope, receive, send)
 
     @property

@@ -22,7 +22,8 @@ from starlette.types import Receive, Scope, Send
 
 from downloadview_async import Accounts, Outcome, add_content_types
 from downloadview_async.asgi.kept_answers import MAX_ANSWERS
-from downloadview_async.asgi.server import DownloadProtocol
+from downloadview_async.asgi.server import DownloadProtocol, KeptAnswers
+from downloadview_async.service.access import locating
 from downloadview_async.service.accounts import Service
 from downloadview_async.service.app import build
 from downloadview_async.service.reload import Generation, Generations
@@ -51,10 +52,11 @@ class Counting:
     def __init__(self, service: Service) -> None:
         self.service = service
         self.calls = 0
+        self._locate = locating(service._settings)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         self.calls += 1
-        self.service.locate(scope)
+        self._locate(scope)
         await self.service(scope, receive, send)
 
 
@@ -92,7 +94,7 @@ async def client_of(
     **options: Any,
 ) -> AsyncIterator[Client]:
     """Serve a directory by settings and options of uvicorn, and give a client. keeps: whether answers are kept."""
-    service = build(load(directory, text).of_own_server())
+    service = Generation(load(directory, text))._service
     app, kept = Counting(service), (lambda: service.kept_answers) if keeps else None
     async with (
         service.router.lifespan_context(service),
@@ -528,6 +530,7 @@ async def test_a_clock_that_is_set_back_and_another_type_have_the_answer_made_an
 async def test_the_service_counts_nothing_if_nothing_listens(directory: Path) -> None:
     settings = load(directory, FILES)
     service = build(settings)
+    service.kept_answers = KeptAnswers(locating(settings))
     assert not settings.listens
     app = Counting(service)
     async with live(app, http=partial(DownloadProtocol, kept_answers=lambda: service.kept_answers)) as port:
@@ -542,7 +545,7 @@ async def test_the_service_counts_nothing_if_nothing_listens(directory: Path) ->
 
 async def test_observers_get_each_outcome(directory: Path) -> None:
     seen: list[Outcome] = []
-    service = build(load(directory, FILES + LOG))
+    service = Generation(load(directory, FILES + LOG))._service
     service._observers = [seen.append]
     app = Counting(service)
     async with live(app, http=partial(DownloadProtocol, kept_answers=lambda: service.kept_answers)) as port:
@@ -628,7 +631,7 @@ async def test_a_connection_is_freed_with_its_last_answer(directory: Path) -> No
 async def test_a_client_that_leaves_has_got_what_its_machine_has_taken(directory: Path, is_chunked: bool) -> None:
     (directory / "files/large.bin").write_bytes(os.urandom(60_000))
     make_old(directory)
-    service = build(load(directory, f"{FILES}list = true\n{LOG}").of_own_server())
+    service = Generation(load(directory, f"{FILES}list = true\n{LOG}"))._service
     app = Counting(service)
     with socket.create_server(("127.0.0.1", 0)) as listener:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 8192)  # so that the transport holds most of the answer

@@ -73,7 +73,7 @@ class Ledger:
     _spells: list[Spell] = field(default_factory=list)
     _open: dict[str, Record] = field(default_factory=dict)
     _number: int = 0
-    _read: dict[int, int] = field(default_factory=dict)
+    _read: dict[tuple[Path, int], int] = field(default_factory=dict)  # another site may use an inode again
 
     def say(self, text: str) -> None:
         """Keep an event for the report."""
@@ -145,10 +145,10 @@ class Ledger:
         outcomes: dict[str, list[dict[str, Any]]] = {}
         for path in sorted(directory.glob("access.log*")):
             with path.open("rb") as file:
-                inode = path.stat().st_ino
-                file.seek(self._read.get(inode, 0))
+                log = directory, path.stat().st_ino
+                file.seek(self._read.get(log, 0))
                 for line in file:
-                    self._read[inode] = self._read.get(inode, 0) + len(line)
+                    self._read[log] = self._read.get(log, 0) + len(line)
                     self.lines += 1
                     try:
                         outcome = json.loads(line)
