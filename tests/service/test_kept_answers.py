@@ -202,7 +202,7 @@ async def test_a_file_that_has_changed_is_answered_anew(
 @pytest.mark.parametrize(
     "more, target",
     [
-        ('access = ["hook:hooks:everyone"]\n', "/files/a.txt"),
+        ('access = ["hook:hooks_of_kept:everyone"]\n', "/files/a.txt"),
         ("limits = { concurrent = 3 }\n", "/files/a.txt"),
         ('cors = { origins = ["*"] }\n', "/files/a.txt"),
         ('headers = { Set-Cookie = "a=b" }\n', "/files/a.txt"),
@@ -218,7 +218,7 @@ async def test_what_does_not_depend_on_the_file_alone_is_not_kept(
     directory: Path, more: str, target: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.syspath_prepend(directory)
-    (directory / "hooks.py").write_text("async def everyone(request, name):\n    return True\n")
+    (directory / "hooks_of_kept.py").write_text("async def everyone(request, name):\n    return True\n")
     async with client_of(directory, FILES + more) as client:
         for _ in range(3):
             assert not await client.kept(target=target)
