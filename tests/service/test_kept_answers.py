@@ -434,47 +434,45 @@ async def test_no_answer_to_a_long_target_is_kept(directory: Path) -> None:
         assert len(kept_answers) == 0
 
 
-async def test_a_client_that_does_not_read_gets_all_when_it_does(directory: Path) -> None:
-    large = directory / "files/large.bin"
-    large.write_bytes(os.urandom(60_000))
+@contextlib.asynccontextmanager
+async def client_that_does_not_read(directory: Path) -> AsyncIterator[tuple[Client, socket.socket, bytes]]:
+    """Give a client, and the socket of another one that has asked 100 times for a file, and the file.
+
+    These are 6 MB, more than the kernel holds.
+    """
+    content = os.urandom(60_000)
+    (directory / "files/large.bin").write_bytes(content)
     make_old(directory)
     async with client_of(directory, FILES + LOG) as client:
         await client.ask(target="/files/large.bin")
-        port = client.writer.get_extra_info("peername")[1]
         with socket.socket() as slow:
             slow.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-            slow.connect(("127.0.0.1", port))
+            slow.connect(client.writer.get_extra_info("peername"))
             slow.setblocking(False)
-            loop = asyncio.get_running_loop()
-            asked = b"GET /files/large.bin HTTP/1.1\r\nHost: x\r\n\r\n"
-            for _ in range(100):  # 6 MB, more than the kernel holds
-                await loop.sock_sendall(slow, asked)
+            for _ in range(100):
+                await asyncio.get_running_loop().sock_sendall(slow, b"GET /files/large.bin HTTP/1.1\r\nHost: x\r\n\r\n")
                 await asyncio.sleep(0)
-            received = bytearray()
-            while received.count(b"HTTP/1.1 200 OK\r\n") < 100 or not received.endswith(large.read_bytes()):
-                received += await asyncio.wait_for(loop.sock_recv(slow, 1 << 16), 30)
-        assert received.count(large.read_bytes()) == 100
+            yield client, slow, content
+
+
+async def test_a_client_that_does_not_read_gets_all_when_it_does(directory: Path) -> None:
+    async with client_that_does_not_read(directory) as (_, slow, content):
+        received, loop = bytearray(), asyncio.get_running_loop()
+        while received.count(b"HTTP/1.1 200 OK\r\n") < 100 or not received.endswith(content):
+            received += await asyncio.wait_for(loop.sock_recv(slow, 1 << 16), 30)
+        assert received.count(content) == 100
         lines = [json.loads(line) for line in await written(directory, 101)]
         assert {(line["result"], line["bytes"]) for line in lines} == {("completed", 60_000)}
         assert len({line["request_id"] for line in lines}) == 101
 
 
 async def test_a_client_that_leaves_has_not_got_all(directory: Path) -> None:
-    large = directory / "files/large.bin"
-    large.write_bytes(os.urandom(60_000))
-    make_old(directory)
-    async with client_of(directory, FILES + LOG) as client:
-        await client.ask(target="/files/large.bin")
-        port = client.writer.get_extra_info("peername")[1]
-        with socket.socket() as slow:
-            slow.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-            slow.connect(("127.0.0.1", port))
-            slow.setblocking(False)
-            loop = asyncio.get_running_loop()
-            for _ in range(100):
-                await loop.sock_sendall(slow, b"GET /files/large.bin HTTP/1.1\r\nHost: x\r\n\r\n")
-                await asyncio.sleep(0.001)
-            slow.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
+    async with client_that_does_not_read(directory) as (client, slow, _):
+        async with asyncio.timeout(30):
+            while not client.app.service.in_progress:  # an answer waits for the client
+                await asyncio.sleep(0.01)
+        slow.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        slow.close()
         assert (await client.ask())[1] == CONTENT
         async with asyncio.timeout(30):
             while not (aborted := [line for line in await written(directory, 1) if '"aborted"' in line]):
