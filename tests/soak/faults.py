@@ -293,9 +293,11 @@ async def worker_killed(world: World) -> None:
 async def _few_descriptors(pids: list[int], more: int) -> AsyncIterator[None]:
     before = {}
     for pid in pids:
-        before[pid] = resource.prlimit(pid, resource.RLIMIT_NOFILE)
-        used = max(int(number) for number in os.listdir(f"/proc/{pid}/fd"))
-        resource.prlimit(pid, resource.RLIMIT_NOFILE, (used + more, before[pid][1]))
+        with contextlib.suppress(ProcessLookupError, FileNotFoundError):  # a worker that retired has just ended
+            limit = resource.prlimit(pid, resource.RLIMIT_NOFILE)
+            if used := [int(number) for number in os.listdir(f"/proc/{pid}/fd")]:
+                resource.prlimit(pid, resource.RLIMIT_NOFILE, (max(used) + more, limit[1]))
+                before[pid] = limit
     try:
         yield
     finally:
