@@ -283,9 +283,11 @@ async def rolling_restart(world: World) -> None:
 @fault("process", processes=True, when=lambda world: world.site.shape.workers > 1)
 async def worker_killed(world: World) -> None:
     before = world.site.serving()
-    os.kill(world.random.choice(before), signal.SIGKILL)
+    killed = world.random.choice(before)
+    os.kill(killed, signal.SIGKILL)
     async with asyncio.timeout(PATIENCE):
-        while len(world.site.serving()) < len(before) or set(world.site.serving()) == set(before):
+        # one that has retired is not replaced
+        while killed in (now := world.site.serving()) or len(now) < world.site.shape.workers:
             await asyncio.sleep(0.05)
 
 
