@@ -247,16 +247,16 @@ def _download_at(
 def _receive(
     connections: dict[socket.socket, int], connection: socket.socket, path: str, buffer: bytearray, received: _Counter
 ) -> int:
-    """Receive a part of a body, or begin the next download. Returns how many bytes of bodies were received."""
+    """Receive a part of a body, and begin the next download at its end. Returns how many bytes of bodies came."""
     begun = 0
-    if not connections[connection]:
-        head = ask(connection, path)
-        connections[connection] = head.length - head.begun
-        begun = head.begun
     got = connection.recv_into(buffer, min(len(buffer), connections[connection]))
     if not got:
         raise LoadError("a download was cut off")
     connections[connection] -= got
+    if not connections[connection]:  # now: without a request, the connection never becomes readable
+        head = ask(connection, path)
+        connections[connection] = head.length - head.begun
+        begun = head.begun
     received.value += begun + got
     return begun + got
 
