@@ -10,7 +10,10 @@ ZERO_COPY = "http.response.zerocopysend"
 """The ASGI extension by which a server sends spans of an open file, and the type of its message."""
 
 PREPARED = "downloadview_async.prepared"
-"""The key of a `PreparedHead` in the start of a response, for a server that wants it. The whole body follows."""
+"""The key of a `PreparedHead` in the start of a response, for a server that wants it.
+
+The next message has the whole body, or is a path send of it.
+"""
 
 CONNECTION = "downloadview_async.connection"
 """The extension by which a server that knows what its client has taken gives its connection: see `asgi.accounts`."""
