@@ -466,6 +466,23 @@ async def test_a_client_that_does_not_read_gets_all_when_it_does(directory: Path
         assert len({line["request_id"] for line in lines}) == 101
 
 
+async def test_a_connection_is_idle_since_its_last_answer(directory: Path) -> None:
+    async with client_of(directory) as client:
+        await client.ask()
+        port = client.writer.get_extra_info("sockname")[1]
+        (server,) = [
+            one
+            for one in gc.get_objects()
+            if type(one) is DownloadProtocol and one.client is not None and one.client[1] == port
+        ]
+        for _ in range(3):
+            since = server._idle_since
+            assert since is not None
+            assert await client.kept()
+            assert server._idle_since is not None
+            assert server._idle_since > since
+
+
 async def test_a_client_that_leaves_has_not_got_all(directory: Path) -> None:
     async with client_that_does_not_read(directory) as (client, slow, _):
         async with asyncio.timeout(30):
