@@ -9,6 +9,7 @@ from collections.abc import Callable
 
 import uvicorn
 
+from downloadview_async.service.descriptors import check_descriptors, use_all_descriptors
 from downloadview_async.service.listening import Listeners
 from downloadview_async.service.logs import one_line
 from downloadview_async.service.pid_file import PidFile
@@ -45,6 +46,8 @@ def serve(
 
     Raises `ConfigurationError`.
     """
+    use_all_descriptors()
+    check_descriptors()
     terminal = Terminal()
     signals: list[int] = []  # those that come too early
     signal.signal(signal.SIGHUP, lambda number, _: signals.append(number))

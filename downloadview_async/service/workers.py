@@ -26,6 +26,7 @@ from pathlib import Path
 
 from downloadview_async import ConfigurationError
 from downloadview_async.service.config_loader import CONFIG
+from downloadview_async.service.descriptors import check_descriptors
 from downloadview_async.service.listening import Listeners
 from downloadview_async.service.logs import one_line
 from downloadview_async.service.metrics import SharedDirectory
@@ -76,6 +77,7 @@ def work(
         signal.signal(number, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, _OF_TERMINALS)  # as `_Worker` has blocked them
     try:
+        check_descriptors()
         server = _WorkerServer(settings, pipe, are_inherited, watches)
         try:
             server.run(sockets)
