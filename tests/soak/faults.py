@@ -17,7 +17,7 @@ from downloadview_async.service.pid_file import reload_by_pid_file
 from tests.servers import PROJECT
 from tests.soak.clients import World
 from tests.soak.contents import Tree
-from tests.soak.site import PATIENCE
+from tests.soak.site import PATIENCE, open_names
 
 Act = Callable[[World], Awaitable[None]]
 
@@ -293,11 +293,13 @@ async def worker_killed(world: World) -> None:
 
 @asynccontextmanager
 async def _few_descriptors(pids: list[int], more: int) -> AsyncIterator[None]:
+    """Leave few descriptors to processes that have started: a process that is started inherits its limit."""
     before = {}
     for pid in pids:
         with contextlib.suppress(ProcessLookupError, FileNotFoundError):  # a worker that retired has just ended
             limit = resource.prlimit(pid, resource.RLIMIT_NOFILE)
-            if used := [int(number) for number in os.listdir(f"/proc/{pid}/fd")]:
+            used = [int(number) for number in os.listdir(f"/proc/{pid}/fd")]
+            if any("eventpoll" in name for name in open_names(pid)):
                 resource.prlimit(pid, resource.RLIMIT_NOFILE, (max(used) + more, limit[1]))
                 before[pid] = limit
     try:

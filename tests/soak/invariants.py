@@ -15,7 +15,7 @@ from typing import Any
 from tests.soak.clients import World
 from tests.soak.exchange import Connection, Ended, Hangs
 from tests.soak.ledger import Ledger, Record
-from tests.soak.site import CACHE_LIMIT, UPSTREAM_SIZES
+from tests.soak.site import CACHE_LIMIT, UPSTREAM_SIZES, open_names
 
 BLOCK = 4096
 MOST_MEMORY = 600 << 20
@@ -63,15 +63,6 @@ def descriptors(pid: int, own_port: int) -> Counter[str]:
             name = "listener" if not remote else "client" if local == own_port else POOLED
         found[re.sub("(?<=metrics-)[^/]+|[0-9a-f]{8,}|[0-9]+", "#", name)] += 1
     return found
-
-
-def open_names(pid: int) -> list[str]:
-    """Return what a process has open, as the kernel names it."""
-    names = []
-    for number in os.listdir(f"/proc/{pid}/fd"):
-        with contextlib.suppress(OSError):
-            names.append(os.readlink(f"/proc/{pid}/fd/{number}"))
-    return names
 
 
 def cost(size: int) -> int:

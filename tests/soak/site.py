@@ -151,6 +151,15 @@ def children(pid: int) -> list[int]:
     return []
 
 
+def open_names(pid: int) -> list[str]:
+    """Return what a process has open, as the kernel names it."""
+    names = []
+    for number in os.listdir(f"/proc/{pid}/fd"):
+        with contextlib.suppress(OSError):
+            names.append(os.readlink(f"/proc/{pid}/fd/{number}"))
+    return names
+
+
 @dataclass
 class Site:
     """A directory with everything, and the processes. Use it as a context manager."""
