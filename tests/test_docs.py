@@ -409,7 +409,7 @@ def test_links_between_pages_and_files_lead_somewhere() -> None:
     [
         f"Up to {delivery.SMALL >> 10} KiB, in the page cache",
         f"up to {open_file_cache.MAX_FILES} files of a directory",
-        f"at most {sendfile._WINDOW >> 10} KiB at a time",
+        f"at most {sendfile._TURN >> 20} MiB at a time",
         f"chunks of at most {open_file.CHUNK_SIZE >> 10} KiB",
         f"one byte of every {open_file._PROBE >> 10} KiB",
         f"less than {server.MINIMUM_RATE} bytes a second on the average of {server.STALL_SECONDS:.0f} seconds",

@@ -18,8 +18,9 @@ from starlette.types import Message
 
 from downloadview_async.asgi.loan import Batches, Lendable, LentFile
 from downloadview_async.asgi.transfer import chunks_of, exactly
+from downloadview_async.asgi.uvicorn.room import Waiting, begin_to_wait, end_wait
 from downloadview_async.asgi.uvicorn.sockets import has_hung_up, queue_limit, socket_number, untaken_bytes
-from downloadview_async.asgi.uvicorn.turns import is_awaited, turn
+from downloadview_async.asgi.uvicorn.turns import turn
 from downloadview_async.asgi.uvicorn.watchdog import Watched, start_watching, stop_watching
 from downloadview_async.errors import FileError, TransferAborted
 from downloadview_async.http.metadata import ByteRange
@@ -29,8 +30,8 @@ from downloadview_async.sources.local.path import LocalFile
 from downloadview_async.sources.local.refused_calls import Refusals
 from downloadview_async.sources.workers import MID_TRANSFER
 
-_WINDOW = CHUNK_SIZE  # bytes that are sent in one turn while other downloads wait, and the most that are in memory
-_ALONE = 4 * _WINDOW  # bytes that are sent in one turn while none waits
+_WINDOW = CHUNK_SIZE  # the most bytes that are in memory
+_TURN = 8 * _WINDOW  # bytes of pages that are sent in one turn, as nginx does
 # Bytes that go through the transport when the socket is full: the transport then waits for the client. Where `sendfile`
 # goes on answering EAGAIN although the transport sends all, they double each time.
 _FEW = 128
@@ -44,7 +45,7 @@ _MORE = getattr(socket, "MSG_MORE", 0)
 _refusals = Refusals("sendfile")
 
 
-class Sending(Watched, Protocol):
+class Sending(Watched, Waiting, Protocol):
     """A connection over which a file can be sent.
 
     flushed: a future that is done when the transport has sent all that it holds, or the connection is lost: see
@@ -106,7 +107,8 @@ async def send_file(connection: Sending, cycle: Answer, message: Message) -> Non
     source = None if isinstance(body, OpenLocalFile) else body
     promised = given = in_turn = 0  # in_turn: bytes since the last turn
     pages_end = 0  # up to where `sendfile` has sent pages
-    is_copying = False
+    is_copying = is_full = has_waited = False  # is_full: whether the kernel has no room
+    chunk: memoryview | bytes | None = None
     connection.file_sent = 0
     few, window = _FEW, _WINDOW
     socket_of_pieces: socket.socket | None = None
@@ -170,11 +172,23 @@ async def send_file(connection: Sending, cycle: Answer, message: Message) -> Non
                     await turn(loop)
                     in_turn = 0
                     continue
+                if is_full:
+                    is_full, chunk = False, None
+                    if (waiting := begin_to_wait(connection)) is not None:
+                        number, room = waiting
+                        del waiting
+                        try:
+                            await room
+                        finally:
+                            end_wait(connection, number, room)
+                        in_turn = 0
+                    has_waited = True
+                    continue
                 length, by_transport = min(count, window), 0
                 if is_copying or (file.is_quick and file.is_recent()):  # else it is not looked at again
                     length = min(length, _WINDOW)
                     is_copying = is_copying or promised - given <= max(_WINDOW, queue_limit(connection))
-                chunk: memoryview | bytes | None = None
+                chunk = None
                 if is_copying:
                     if pages_end and given + length == promised and untaken_bytes(connection) > given - pages_end:
                         await _pages_are_taken(connection, given - pages_end)
@@ -197,6 +211,10 @@ async def send_file(connection: Sending, cycle: Answer, message: Message) -> Non
                         in_turn += max(sent, 0)
                     else:
                         sent = await _sendfile_in_worker(connection, file, offset, length)
+                    if sent == _FULL and not has_waited:
+                        is_full = True
+                        continue
+                    has_waited = False
                     if sent == _FULL:
                         by_transport = min(count, few)  # only the transport may wait for its socket
                         few = min(2 * few, _WINDOW)
@@ -206,6 +224,8 @@ async def send_file(connection: Sending, cycle: Answer, message: Message) -> Non
                             by_transport = min(length, _WINDOW)
                         elif chunk is None:
                             pages_end = given + sent
+                            is_full = sent < length
+                            window = max(_WINDOW, min(2 * sent, _TURN))
                 except ConnectionError:
                     await _abort(connection)
                     break
@@ -223,7 +243,7 @@ async def send_file(connection: Sending, cycle: Answer, message: Message) -> Non
                     if sent < len(chunk):
                         break
                     if sent > _FEW:
-                        in_turn += window
+                        in_turn += _TURN
                 if sent == 0:
                     raise TransferAborted(
                         f"the file ended {count} bytes before the end of the promised content", reason="file-changed"
@@ -231,8 +251,7 @@ async def send_file(connection: Sending, cycle: Answer, message: Message) -> Non
                 offset += sent
                 given += sent
                 count -= sent
-                if in_turn >= window and given < promised:
-                    window = _WINDOW if is_awaited(loop) else _ALONE
+                if in_turn >= _TURN and given < promised and not is_full:
                     await turn(loop)
                     in_turn = 0
             if count:
