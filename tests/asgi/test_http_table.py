@@ -141,7 +141,11 @@ async def test_head_gives_the_headers_of_get_and_no_body(port: int, kind: str) -
     head = await ask(port, f"/{kind}/ten.txt", method="HEAD", headers={"Range": "bytes=0-1"})
     assert (got.status, got.body) == (200, CONTENT)
     assert (head.status, head.body) == (200, b"")
-    assert {**head.headers, "date": ""} == {**got.headers, "date": ""}
+    of_this_answer = {"date", "age", "cache-status"}  # a cache keeps the file a moment after the first answer
+    both = [
+        {name: answer.headers[name] for name in answer.headers if name not in of_this_answer} for answer in (head, got)
+    ]
+    assert both[0] == both[1]
     assert head.headers["content-length"] == "10"
 
 
