@@ -146,6 +146,7 @@ async def test_head_gives_the_headers_of_get_and_no_body(port: int, kind: str) -
         {name: answer.headers[name] for name in answer.headers if name not in of_this_answer} for answer in (head, got)
     ]
     assert both[0] == both[1]
+    assert {*got.headers} - {"age"} <= {*head.headers}
     assert head.headers["content-length"] == "10"
 
 

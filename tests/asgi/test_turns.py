@@ -8,7 +8,7 @@ from collections.abc import Callable
 import pytest
 import uvloop
 
-from downloadview_async.asgi.uvicorn.turns import is_awaited, turn
+from downloadview_async.asgi.uvicorn.turns import turn
 
 LOOPS: dict[str, Callable[[], asyncio.AbstractEventLoop]] = {
     "asyncio": asyncio.new_event_loop,
@@ -49,16 +49,3 @@ async def test_who_is_cancelled_takes_no_turn_from_the_others() -> None:
     async with asyncio.timeout(10):
         await asyncio.gather(turns[1], turns[3])
         await turn(loop)  # and the queue is not stuck
-
-
-@pytest.mark.asyncio
-async def test_whether_a_turn_is_awaited() -> None:
-    loop = asyncio.get_running_loop()
-    assert not is_awaited(loop)
-    first, second = turn(loop), turn(loop)
-    async with asyncio.timeout(10):
-        assert is_awaited(loop)
-        await first
-        assert is_awaited(loop)
-        await second
-        assert not is_awaited(loop)

@@ -46,7 +46,7 @@ Timers. The loop calls a protocol, which has no coroutine that could hold a task
   client of TLS that does not confirm the end has `LINGER_SECONDS` for that.
 - The grace timer, `GRACE_SECONDS`: from the shutdown of the server to the end of a head that may be on its way.
 - The hang-up timer, every second: after a half-close nothing is read, so a reset by the client would go unnoticed.
-- The timer of the watchdog, one for all connections of a loop: it runs while a transport waits for its client, or the
+- The timer of the watchdog, one for all connections of a loop: it runs while something waits for a client, or the
   client has not taken all of its last answer.
 
 States
@@ -674,7 +674,7 @@ class DownloadProtocol(HttpToolsProtocol):
 
     @property
     def is_waiting(self) -> bool:
-        """Whether the transport waits for the client, or it has not taken all of its last answer."""
+        """Whether the client is waited for, or has not taken all of its last answer."""
         return self.flow.write_paused or untaken_bytes(self) > 0
 
     def _end(self) -> None:
@@ -841,7 +841,7 @@ class DownloadProtocol(HttpToolsProtocol):
         super().handle_websocket_upgrade()
 
     def pause_writing(self) -> None:
-        """Watch the client while the transport waits for it."""
+        """Watch the client while the transport, or a path send, waits for it."""
         super().pause_writing()
         start_watching(self)
         if not self._has_plain_socket:
@@ -853,7 +853,7 @@ class DownloadProtocol(HttpToolsProtocol):
             self._paused = untaken_bytes(self), acknowledged
 
     def resume_writing(self) -> None:
-        """Stop watching: the client has taken what the transport held. At the end it has to take the rest, too."""
+        """Stop watching: the client has taken something. At the end it has to take the rest, too."""
         super().resume_writing()
         self._paused, self._held = None, 0
         if self._phase is not _CLOSING:

@@ -2,7 +2,7 @@
 
 Only a transport may wait for its socket in the event loop. It does so while it holds bytes, so a path send would have
 to read some of the file, write them to the transport, and wait until these have left: that takes many more system
-calls. So each event loop has one `epoll` of ours beside its own while anything waits, which tells of sockets with room.
+calls. So each event loop has one `epoll` of ours beside its own while anything waits, which reports sockets with room.
 """
 
 import asyncio
@@ -10,7 +10,7 @@ import select
 from typing import Protocol
 
 from downloadview_async.asgi.uvicorn.sockets import Connection, socket_number
-from downloadview_async.asgi.uvicorn.turns import is_awaited, take_turn
+from downloadview_async.asgi.uvicorn.turns import take_turn
 from downloadview_async.sources.per_loop import PerLoop
 
 _EPOLLOUT = getattr(select, "EPOLLOUT", 0) | getattr(select, "EPOLLONESHOT", 0)
@@ -37,13 +37,13 @@ class Waiting(Connection, Protocol):
 
 
 class _Room:
-    """The sockets of an event loop that wait for room. Raises `OSError` if there is no descriptor for it."""
+    """The sockets of an event loop that wait for room. Raises `OSError` if `epoll` gets no descriptor."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self._loop = loop
         self._epoll = select.epoll()
         self._waiting: dict[int, asyncio.Future[bool]] = {}
-        self._is_used = False  # since the last look
+        self._is_used = False  # since the last `_close_if_unused`
         loop.add_reader(self._epoll.fileno(), self._look)
         loop.call_later(_KEPT, self._close_if_unused)
 
@@ -61,15 +61,9 @@ class _Room:
             del self._waiting[number]
 
     def _look(self) -> None:
-        is_first = not is_awaited(self._loop)
         for number, _ in self._epoll.poll(0, _AT_ONCE):
             future = self._waiting.pop(number, None)
-            if future is None or future.done():
-                continue
-            if is_first:  # the loop has looked at its sockets just now
-                future.set_result(True)
-                is_first = False
-            else:
+            if future is not None:
                 take_turn(self._loop, future)
 
     def _close_if_unused(self) -> None:
@@ -107,7 +101,7 @@ def begin_to_wait(connection: Waiting) -> "tuple[int, asyncio.Future[bool]] | No
 
 
 def end_wait(connection: Waiting, number: int, future: "asyncio.Future[bool]") -> None:
-    """End what `begin_to_wait` has begun. Call it in any case, also if the wait is cancelled."""
+    """End what `begin_to_wait` has begun. Call it in any case, even if the wait is cancelled."""
     if (room := _rooms.get(connection.loop)) is not None:
         room.forget(number, future)
     if not connection.is_lost:

@@ -31,9 +31,10 @@ from downloadview_async.sources.local.refused_calls import Refusals
 from downloadview_async.sources.workers import MID_TRANSFER
 
 _WINDOW = CHUNK_SIZE  # the most bytes that are in memory
-_TURN = 8 * _WINDOW  # bytes of pages that are sent in one turn, as nginx does
-# Bytes that go through the transport when the socket is full: the transport then waits for the client. Where `sendfile`
-# goes on answering EAGAIN although the transport sends all, they double each time.
+_TURN = 8 * _WINDOW  # bytes of pages that are sent in one turn, in one or more windows
+# Bytes that go through the transport when the socket is full, and there is no `epoll`, or still no room after the wait.
+# The transport then waits for the client. Where `sendfile` goes on answering EAGAIN although the transport sends all,
+# they double each time.
 _FEW = 128
 
 _FIRST_LOOK, _LAST_LOOK = 0.005, 1.0  # seconds: how often it is asked whether the client has taken all pages
@@ -105,7 +106,8 @@ async def send_file(connection: Sending, cycle: Answer, message: Message) -> Non
     offset, count = message.get("offset", 0), message.get("count")
     del message
     source = None if isinstance(body, OpenLocalFile) else body
-    promised = given = in_turn = 0  # in_turn: bytes since the last turn
+    promised = given = 0
+    in_turn = _TURN - _WINDOW  # bytes since the last turn: a new answer waits for its turn after one window
     pages_end = 0  # up to where `sendfile` has sent pages
     is_copying = is_full = has_waited = False  # is_full: whether the kernel has no room
     chunk: memoryview | bytes | None = None
@@ -141,7 +143,7 @@ async def send_file(connection: Sending, cycle: Answer, message: Message) -> Non
                 # the memory of the pieces is used again, and their files are closed
                 while transport.get_write_buffer_size() and not connection.is_lost:
                     await flush(connection)
-                    in_turn = _WINDOW
+                    in_turn = _TURN
                 if source is None or (batch := await anext(source.rest, None)) is None:
                     break
                 pieces = iter(batch)
@@ -152,7 +154,7 @@ async def send_file(connection: Sending, cycle: Answer, message: Message) -> Non
             if not isinstance(piece, tuple):
                 while transport.get_write_buffer_size() and not connection.is_lost:
                     await flush(connection)
-                    in_turn = _WINDOW
+                    in_turn = _TURN
                 if not connection.is_lost:
                     sent = _write(connection, socket_of_pieces, piece, _MORE if given + count < promised else 0)
                     given += sent
@@ -175,16 +177,19 @@ async def send_file(connection: Sending, cycle: Answer, message: Message) -> Non
                 if is_full:
                     is_full, chunk = False, None
                     if (waiting := begin_to_wait(connection)) is not None:
-                        number, room = waiting
+                        number, has_room = waiting
                         del waiting
                         try:
-                            await room
+                            await has_room
                         finally:
-                            end_wait(connection, number, room)
+                            end_wait(connection, number, has_room)
+                        in_turn = 0
+                    elif in_turn >= _TURN:
+                        await turn(loop)
                         in_turn = 0
                     has_waited = True
                     continue
-                length, by_transport = min(count, window), 0
+                length, by_transport = min(count, window, max(_WINDOW, _TURN - in_turn)), 0
                 if is_copying or (file.is_quick and file.is_recent()):  # else it is not looked at again
                     length = min(length, _WINDOW)
                     is_copying = is_copying or promised - given <= max(_WINDOW, queue_limit(connection))
@@ -203,7 +208,7 @@ async def send_file(connection: Sending, cycle: Answer, message: Message) -> Non
                     number = socket_number(connection) if socket_of_pieces is None else duplicate
                     if chunk is not None:
                         sent = _unless_full(os.write, number, chunk)
-                        in_turn += max(sent, 0)
+                        in_turn = _TURN  # to copy takes several times as long
                     elif file.device in _refusals.devices:
                         sent = 0
                     elif file.is_cached(offset, length):
@@ -216,13 +221,15 @@ async def send_file(connection: Sending, cycle: Answer, message: Message) -> Non
                         continue
                     has_waited = False
                     if sent == _FULL:
-                        by_transport = min(count, few)  # only the transport may wait for its socket
+                        by_transport = min(count, few)
                         few = min(2 * few, _WINDOW)
                     else:
                         few = _FEW
                         if not sent:  # FUSE, too, sends 0 bytes before the end of the file: after a short read
                             by_transport = min(length, _WINDOW)
-                        elif chunk is None:
+                        elif chunk is not None:
+                            is_full = sent < len(chunk)
+                        else:
                             pages_end = given + sent
                             is_full = sent < length
                             window = max(_WINDOW, min(2 * sent, _TURN))

@@ -1,4 +1,4 @@
-"""Turns: one download sends a window of its file each time the event loop has looked at its sockets."""
+"""Turns: one download sends a part of its file each time the event loop has looked at its sockets."""
 
 import asyncio
 from collections import deque
@@ -11,9 +11,9 @@ _queues = PerLoop[_Queue]()
 
 
 def turn(loop: asyncio.AbstractEventLoop) -> "asyncio.Future[bool]":
-    """Return a future that is done when the caller may send its next window.
+    """Return a future that is done when the caller may send its next part.
 
-    Without turns, every download that can go on would send a window before the loop looks at its sockets again, and a
+    Without turns, every download that can go on would send a part before the loop looks at its sockets again, and a
     small request would wait for all of them.
     """
     future = loop.create_future()
@@ -22,17 +22,12 @@ def turn(loop: asyncio.AbstractEventLoop) -> "asyncio.Future[bool]":
 
 
 def take_turn(loop: asyncio.AbstractEventLoop, future: "asyncio.Future[bool]") -> None:
-    """Set the result of a future, True, when whoever waits for it may send its next window."""
+    """Queue a future, whose result becomes True when its owner may send its next part."""
     queue = _queues.get(loop)
     if queue is None:
         queue = _queues.set(loop, deque())
         loop.call_soon(_give_turn, loop, queue)
     queue.append(future)
-
-
-def is_awaited(loop: asyncio.AbstractEventLoop) -> bool:
-    """Return whether a download waits for its turn."""
-    return _queues.get(loop) is not None
 
 
 def _give_turn(loop: asyncio.AbstractEventLoop, queue: _Queue) -> None:

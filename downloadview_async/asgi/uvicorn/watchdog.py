@@ -23,7 +23,7 @@ several times this rate to be safe.
 
 _LOOK_SECONDS = 2.0  # at most so long after its time has passed, a client is dropped
 
-_GOES_ON = 1.0  # seconds since its begin in which a watch that was stopped goes on without a look at the client
+_GOES_ON = 1.0  # seconds since it began in which a watch that was stopped goes on without a look at the client
 
 _AT_ONCE = 50  # clients that are looked at before other work has its turn
 
@@ -66,7 +66,7 @@ def start_watching(connection: Watched) -> None:
 
     A watch that was stopped goes on if it is new, or if the client has not taken anything to speak of meanwhile. The
     transport stopped waiting then because the buffer of the kernel had grown, or because there is room again for the
-    queues of others.
+    queues of others. On a Unix socket, where nothing is acknowledged, each watch is new.
     """
     watches = _watched.get(connection.loop)
     if watches is None:
@@ -74,7 +74,7 @@ def start_watching(connection: Watched) -> None:
         interval = min(connection.stall_seconds / 4, _LOOK_SECONDS)
         connection.loop.call_later(interval, _look_at, watches, connection.loop, interval)
     last, connection.last_watch = connection.last_watch, None
-    if last is not None and (monotonic() - last[0] < _GOES_ON or _has_taken_little(connection, last)):
+    if last is not None and last[2] and (monotonic() - last[0] < _GOES_ON or _has_taken_little(connection, last)):
         watches[connection] = last
     else:
         connection.slowest_pace = connection.paced_at
@@ -83,8 +83,6 @@ def start_watching(connection: Watched) -> None:
 
 def _has_taken_little(connection: Watched, watch: Watch) -> bool:
     _, untaken, acknowledged = watch
-    if not acknowledged:  # a Unix socket
-        return False
     return acknowledged_bytes(connection) - acknowledged < min(quota_of(connection), untaken)
 
 

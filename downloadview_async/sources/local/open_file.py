@@ -38,8 +38,6 @@ REWRITTEN = "the file was written to while it was sent"
 
 _COPIED = 32 * 1024  # up to so many bytes, one more copy of them costs less than a probe
 _PROBE = 128 * 1024  # bytes that a disk usually reads at once
-_PROBED_SECONDS = 0.25
-_MAX_PROBED = 1024  # blocks of `_PROBE`
 _ONE_BYTE = [bytearray(1)]  # nobody looks at it
 _RWF_NOWAIT = getattr(os, "RWF_NOWAIT", None)
 _reads_of_cached_pages = Refusals("preadv2 with RWF_NOWAIT")
@@ -109,7 +107,6 @@ class OpenLocalFile:
     __slots__ = (
         "_described",
         "_mtime_ns",
-        "_probed",
         "_read_cached_pages",
         "_tag_ns",
         "_users",
@@ -139,7 +136,6 @@ class OpenLocalFile:
         self.workers = workers
         self.device, self.inode = status.st_dev, status.st_ino
         self._read_cached_pages = _RWF_NOWAIT is not None and self.device not in _reads_of_cached_pages.devices
-        self._probed: dict[int, float] = {}
         self.size = status.st_size
         self._mtime_ns = status.st_mtime_ns
         self.made_at: float | None = None
@@ -242,21 +238,15 @@ class OpenLocalFile:
             raise SourceUnavailable(f"the open file cannot be described: {exc}") from exc
 
     def is_cached(self, offset: int, length: int) -> bool:
-        """Return whether a span can be read without waiting for a disk, judged by one byte of every `_PROBE`.
-
-        What was so is taken to be so for `_PROBED_SECONDS`: many clients may take the same file at the same time.
-        """
+        """Return whether a span can be read without waiting for a disk, judged by one byte of every `_PROBE`."""
         if not self._read_cached_pages:
             return False
         assert _RWF_NOWAIT is not None
-        probed, now = self._probed, time.monotonic()
-        if len(probed) > _MAX_PROBED:
-            probed.clear()
+        last = offset + length - 1
         try:
-            for block in range(offset // _PROBE, (offset + length - 1) // _PROBE + 1):
-                if probed.get(block, 0.0) < now:
-                    os.preadv(self.descriptor, _ONE_BYTE, max(offset, block * _PROBE), _RWF_NOWAIT)
-                    probed[block] = now + _PROBED_SECONDS
+            os.preadv(self.descriptor, _ONE_BYTE, last, _RWF_NOWAIT)
+            for position in range(offset, last, _PROBE):
+                os.preadv(self.descriptor, _ONE_BYTE, position, _RWF_NOWAIT)
         except BlockingIOError:
             return False
         except OSError as exc:
