@@ -6,7 +6,8 @@ import os
 import select
 import socket
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from starlette.routing import Route
 
 import downloadview_async as dv
 from downloadview_async.asgi.server import DownloadProtocol
+from downloadview_async.asgi.uvicorn import room
 from tests.live import live, make_old
 
 SIZE = 16 << 20
@@ -92,7 +94,7 @@ class Calls:
 
 
 @each_loop
-def test_clients_that_read_slowly_get_all_and_no_call_is_in_vain(
+def test_clients_that_read_slowly_get_all_and_few_calls_are_in_vain(
     new_loop: Callable[[], asyncio.AbstractEventLoop], tmp_path: Path, content: bytes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls = Calls(monkeypatch)
@@ -129,3 +131,58 @@ def test_without_a_descriptor_for_it_the_transport_waits(
 
     run(new_loop, main())
     assert SIZE / 2 < sum(result for result in calls.results if result >= 0) < SIZE
+
+
+@each_loop
+def test_a_client_that_stops_for_a_while_is_woken(
+    new_loop: Callable[[], asyncio.AbstractEventLoop], tmp_path: Path, content: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(room, "_KEPT", 0.02)
+
+    async def main() -> None:
+        async with live(_app(tmp_path), http=DownloadProtocol) as port, asking(port) as client:
+            await asyncio.sleep(0.3)  # in which the `epoll` would be closed, if nothing waited
+            async with asyncio.timeout(30):
+                assert await hash_of_body(client) == hashlib.sha256(content).hexdigest()
+
+    run(new_loop, main())
+
+
+@each_loop
+@pytest.mark.parametrize("ending", ["taken", "dropped", "left"])
+def test_nothing_stays_open_when_nothing_waits(
+    new_loop: Callable[[], asyncio.AbstractEventLoop],
+    ending: str,
+    tmp_path: Path,
+    content: bytes,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(room, "_KEPT", 0.02)
+    protocol = partial(DownloadProtocol, stall_seconds=0.2 if ending == "dropped" else 60)
+
+    async def main() -> None:
+        async with live(_app(tmp_path), http=protocol) as port:
+            async with asking(port) as client, asyncio.timeout(30):
+                if ending == "taken":
+                    await hash_of_body(client)
+                elif ending == "dropped":
+                    await asyncio.sleep(1)  # takes nothing
+                    with pytest.raises((ConnectionResetError, AssertionError)):
+                        await hash_of_body(client)
+                else:
+                    await asyncio.get_running_loop().sock_recv(client, 1 << 16)
+            async with asyncio.timeout(30):
+                while room._rooms.get(asyncio.get_running_loop()) is not None:
+                    await asyncio.sleep(0.02)
+
+    before = sum("eventpoll" in name for name in _names())
+    run(new_loop, main())
+    assert sum("eventpoll" in name for name in _names()) == before
+
+
+def _names() -> list[str]:
+    names = []
+    for number in os.listdir("/proc/self/fd"):
+        with suppress(FileNotFoundError):
+            names.append(os.readlink(f"/proc/self/fd/{number}"))
+    return names
