@@ -21,9 +21,9 @@ Bytes count as taken when the kernel of the client acknowledges them. Some kerne
 several times this rate to be safe.
 """
 
-_LOOK_SECONDS = 2.0  # at most so long after its time has passed, a client is dropped
+_LOOK_SECONDS = 2.0  # at most twice so long after its time has passed, a client is dropped
 
-_GOES_ON = 1.0  # seconds since it began in which a watch that was stopped goes on without a look at the client
+_GOES_ON = 1 / 60  # the part of its time in which a watch that was stopped goes on without a look at the client
 
 _AT_ONCE = 50  # clients that are looked at before other work has its turn
 
@@ -74,15 +74,19 @@ def start_watching(connection: Watched) -> None:
         interval = min(connection.stall_seconds / 4, _LOOK_SECONDS)
         connection.loop.call_later(interval, _look_at, watches, connection.loop, interval)
     last, connection.last_watch = connection.last_watch, None
-    if last is not None and last[2] and (monotonic() - last[0] < _GOES_ON or _has_taken_little(connection, last)):
+    if last is not None and _goes_on(connection, last):
         watches[connection] = last
     else:
         connection.slowest_pace = connection.paced_at
         watches[connection] = monotonic(), untaken_bytes(connection), acknowledged_bytes(connection)
 
 
-def _has_taken_little(connection: Watched, watch: Watch) -> bool:
-    _, untaken, acknowledged = watch
+def _goes_on(connection: Watched, watch: Watch) -> bool:
+    since, untaken, acknowledged = watch
+    if not acknowledged:  # a Unix socket: what was sent since then would count as not taken
+        return False
+    if monotonic() - since < _GOES_ON * connection.stall_seconds:
+        return True
     return acknowledged_bytes(connection) - acknowledged < min(quota_of(connection), untaken)
 
 
