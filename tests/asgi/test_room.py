@@ -1,6 +1,7 @@
 """A path send waits for room in the kernel by an `epoll` of ours, or by the transport where there is none."""
 
 import asyncio
+import gc
 import hashlib
 import os
 import select
@@ -20,6 +21,7 @@ from starlette.routing import Route
 import downloadview_async as dv
 from downloadview_async.asgi.server import DownloadProtocol
 from downloadview_async.asgi.uvicorn import room
+from downloadview_async.sources.per_loop import PerLoop
 from tests.live import live, make_old
 
 SIZE = 16 << 20
@@ -157,10 +159,13 @@ def test_nothing_stays_open_when_nothing_waits(
     content: bytes,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(room, "_rooms", PerLoop())  # that of another test would be closed meanwhile
     monkeypatch.setattr(room, "_KEPT", 0.02)
     protocol = partial(DownloadProtocol, stall_seconds=0.2 if ending == "dropped" else 60)
 
     async def main() -> None:
+        gc.collect()  # the loops of other tests
+        before = _number_of_epolls()
         async with live(_app(tmp_path), http=protocol) as port:
             async with asking(port) as client, asyncio.timeout(30):
                 if ending == "taken":
@@ -174,15 +179,14 @@ def test_nothing_stays_open_when_nothing_waits(
             async with asyncio.timeout(30):
                 while room._rooms.get(asyncio.get_running_loop()) is not None:
                     await asyncio.sleep(0.02)
+            assert _number_of_epolls() == before
 
-    before = sum("eventpoll" in name for name in _names())
     run(new_loop, main())
-    assert sum("eventpoll" in name for name in _names()) == before
 
 
-def _names() -> list[str]:
+def _number_of_epolls() -> int:
     names = []
     for number in os.listdir("/proc/self/fd"):
         with suppress(FileNotFoundError):
             names.append(os.readlink(f"/proc/self/fd/{number}"))
-    return names
+    return sum("eventpoll" in name for name in names)

@@ -73,7 +73,8 @@ class _Room:
             return
         self._loop.remove_reader(self._epoll.fileno())
         self._epoll.close()
-        _rooms.drop(self._loop)
+        if _rooms.get(self._loop) is self:
+            _rooms.drop(self._loop)
 
 
 _rooms = PerLoop[_Room]()
