@@ -283,15 +283,15 @@ class Account(Facts):
                 self._first = None
             raise
 
-    def take_whole(self, length: int) -> None:
-        """Count a whole body that the server has sent at once, and end."""
+    def take_whole(self, length: int) -> Outcome | None:
+        """Count a whole body that the server has sent at once, and end. Return the outcome if it was made now."""
         connection = self._connection
         if connection is None or self.is_held or not connection.is_flushed:
             self.take(length, is_last=True)
-            return
+            return None
         self.sent += length
         self.is_complete = True
-        self.end()
+        return self.end()
 
     def take(self, length: int, *, is_last: bool) -> None:
         """Count bytes of a body that the server has sent, unless the client has left."""
@@ -414,10 +414,10 @@ class Account(Facts):
             else:
                 self.end(exc)
 
-    def end(self, exc: BaseException | None = None) -> None:
-        """Make the outcome, once. exc: the error that has ended the answer, if one has."""
+    def end(self, exc: BaseException | None = None) -> Outcome | None:
+        """Make the outcome, once, and return it. exc: the error that has ended the answer, if one has."""
         if self._is_ended:
-            return
+            return None
         self._is_ended = True
         if self.among is not None:
             self.among.discard(self)
@@ -426,11 +426,8 @@ class Account(Facts):
         self._scope, self.inside = _NO_SCOPE, None
         if self._connection is not None:
             self._connection.end_counting(self)
-        for observer in self._observers:
-            try:
-                observer(outcome)
-            except Exception:
-                logger.exception("an observer of outcomes has raised")
+        _tell(self._observers, outcome)
+        return outcome
 
     def _outcome(self, exc: BaseException | None) -> Outcome:
         scope, status, delivery = self._scope, self.status, self.delivery
@@ -638,11 +635,11 @@ class Accounts:
         self._listeners = Listeners(listeners, max_waiting)
         self._trusted = TrustedAddresses(trusted_proxies)
         self._trusts = bool(self._trusted)
-        self._sends_id = sends_request_id
+        self.sends_request_id = sends_request_id
         self._observers = (*observers, *([self._listeners.put] if listeners else []))
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Pass the request on, and report its outcome."""
+    async def __call__(self, scope: Scope, receive: Receive, send: Send, app: ASGIApp | None = None) -> None:
+        """Pass the request on, and report its outcome. app: answers this request in place of the application."""
         if scope["type"] != "http":
             await (self._live(scope, receive, send) if scope["type"] == "lifespan" else self.app(scope, receive, send))
             return
@@ -652,7 +649,7 @@ class Accounts:
         if outer is not None:
             outer.enter(scope)
         try:
-            await self.app(scope, account.receiving(receive), account.sending())
+            await (app or self.app)(scope, account.receiving(receive), account.sending())
         except BaseException as exc:
             account.leave(exc)
             if account.has_failed_with(exc):
@@ -663,19 +660,28 @@ class Accounts:
             raise
         account.leave()
 
-    def begin(self, scope: Scope, send: Send, outer: Facts | None = None) -> Account:
-        """Return the account of one more request, whose outcome the listeners get when it ends."""
-        if outer is not None:
-            request_id = outer.request_id
-        elif self._trusts and REQUEST_ID in dict(scope["headers"]):
-            request_id = self._request_id(scope)
-        else:
-            request_id = new_request_id()
+    def begin(self, scope: Scope, send: Send, outer: Facts | None = None, request_id: str | None = None) -> Account:
+        """Return the account of one more request, whose outcome the listeners get when it ends.
+
+        request_id: what `identify` has returned for the request, if it has.
+        """
+        if request_id is None:
+            request_id = self.identify(scope) if outer is None else outer.request_id
         account = Account(scope, send, self._observers, request_id, outer)
-        account.sends_id = self._sends_id
+        account.sends_id = self.sends_request_id
         self._open.add(account)
         account.among = self._open
         return account
+
+    def identify(self, scope: Scope) -> str:
+        """Return the id of a request: that of a trusted proxy, or a new one."""
+        if self._trusts and REQUEST_ID in dict(scope["headers"]):
+            return self._request_id(scope)
+        return new_request_id()
+
+    def report(self, outcome: Outcome) -> None:
+        """Give the listeners the outcome of an answer that has no account, because it ended as soon as it began."""
+        _tell(self._observers, outcome)
 
     @property
     def in_progress(self) -> int:
@@ -708,6 +714,14 @@ class Accounts:
             await send(message)
 
         await self.app(scope, receive_and_drain, end_and_send)
+
+
+def _tell(observers: tuple[Observer, ...], outcome: Outcome) -> None:
+    for observer in observers:
+        try:
+            observer(outcome)
+        except Exception:
+            logger.exception("an observer of outcomes has raised")
 
 
 def route_of(scope: Mapping[str, Any]) -> str | None:

@@ -12,24 +12,28 @@ request. Other applications are offered none.
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, replace
+from functools import partial
+from time import monotonic
 from typing import Any
 
-from starlette.types import Message, Scope
+from starlette.types import Message, Receive, Scope, Send
 
-from downloadview_async.accounts.facts import Facts
-from downloadview_async.asgi.accounts import Account, Accounts, route_of
-from downloadview_async.asgi.delivery import Inline, Offloaded, bytes_of
-from downloadview_async.asgi.extensions import REQUEST_ID
+from downloadview_async.accounts.facts import ACCOUNT, Facts
+from downloadview_async.accounts.outcome import Header, Outcome
+from downloadview_async.asgi.accounts import Account, Accounts, hold_accounts, route_of
+from downloadview_async.asgi.delivery import Chunks, Descriptor, Inline, Offloaded, bytes_of, deliver
+from downloadview_async.asgi.extensions import CONNECTION, PREPARED, REQUEST_ID, SEND_LATER
 from downloadview_async.asgi.prepared_head import PreparedHead
+from downloadview_async.asgi.send_later import SendLater
 from downloadview_async.errors import FileError
 from downloadview_async.http import content_types
-from downloadview_async.http.metadata import FileMetadata
-from downloadview_async.http.plan import is_shown_for_good
+from downloadview_async.http.metadata import ByteRange, FileMetadata
+from downloadview_async.http.plan import Plan, is_shown_for_good
 from downloadview_async.http.request import FIELDS, GET
 from downloadview_async.sources.base import AsyncFile
-from downloadview_async.sources.local.open_file import local_of, open_nowait
+from downloadview_async.sources.local.open_file import OpenLocalFile, local_of, open_nowait
 
 KEPT_ANSWERS = "downloadview_async.kept_answers"
 """The key of a `KeptAnswers` in the extensions of a scope."""
@@ -37,51 +41,100 @@ KEPT_ANSWERS = "downloadview_async.kept_answers"
 DECIDING = (FIELDS - {b"accept-encoding"}) | {b"expect"}
 """The fields of a request, in lower case, by which its answer may differ from one that is kept."""
 
+_DECIDING_OR_BODY = DECIDING | {b"content-length", b"transfer-encoding"}
+
 MAX_ANSWERS = 1024
 """How many answers are kept. The one that was kept first makes room for another one."""
 
 MAX_TARGET = 1024
 """Bytes of the longest target whose answer is kept: a client can spell one path in many long ways."""
 
+MAX_HEADS = 256
+"""How many heads of requests are known. The one that was known first makes room for another one."""
 
-@dataclass(frozen=True, slots=True)
+MAX_HEAD = 1024
+"""Bytes of the longest head that is known."""
+
+
+@dataclass(slots=True)
 class KeptAnswer:
     """An answer as it can be given again, apart from the bytes of its file.
 
-    path, route, source, name, proxy: facts for its outcome. delivery: without the bytes of the body.
+    path, route, source, name, proxy: facts for its outcome. delivery: without the bytes of the body; the plan of an
+    answer that the kernel sends from the file. outcome: that of a request that has got it whole at once, without what
+    its client has sent; None before there is one.
     """
 
     file: AsyncFile
     metadata: FileMetadata
     head: PreparedHead
-    delivery: Inline | Offloaded
+    delivery: Inline | Offloaded | Plan
     path: str
     route: str | None
     source: str | None
     name: str | None
     proxy: str | None
     type_changes: int
+    outcome: Outcome | None = None
 
     def body(self) -> bytes | None:
         """Return the body, or None if the answer has to be made anew."""
+        if (local := self.open()) is None:
+            return None
+        try:
+            delivery = self.delivery
+            if type(delivery) is not Inline or delivery.span is None:
+                return b""
+            return bytes_of(local, delivery.span, is_fresh=True)
+        except FileError:
+            return None
+        finally:
+            local.close()
+
+    def open(self) -> OpenLocalFile | None:
+        """Return the open file, which the caller closes, or None if the answer has to be made anew."""
         metadata = self.metadata
         if self.type_changes != content_types.changes or not is_shown_for_good(metadata.last_modified, time.time()):
             return None  # the clock may have been set back
         try:
             opened = open_nowait(self.file, GET)
-            if opened is None or (local := local_of(opened)) is None:
-                return None
-            try:
-                if opened.metadata is not metadata and opened.metadata != metadata:
-                    return None
-                delivery = self.delivery
-                if type(delivery) is not Inline or delivery.span is None:
-                    return b""
-                return bytes_of(local, delivery.span, is_fresh=True)
-            finally:
-                local.close()
         except FileError:
             return None
+        if opened is None or (local := local_of(opened)) is None:
+            return None
+        if opened.metadata is metadata or opened.metadata == metadata:
+            return local
+        local.close()
+        return None
+
+    def note(self, account: Account) -> None:
+        """Note the facts of the answer for its outcome."""
+        account.route, account.source, account.proxy = self.route, self.source, self.proxy
+        account.describe(self.name, self.metadata.etag, self.metadata.size)
+
+    async def send(self, local: OpenLocalFile, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send the open file, and close it: the answer leaves from its descriptor."""
+        plan, head = self.delivery, self.head
+        assert isinstance(plan, Plan)
+        span = plan.body[0]
+        assert isinstance(span, ByteRange)
+        later: SendLater | None = scope["extensions"].get(SEND_LATER)
+        account: Account | None = scope.get(ACCOUNT)
+        if account is not None:
+            self.note(account)
+        start = {"type": "http.response.start", "status": 200, "headers": [*head.headers], PREPARED: head}
+        try:
+            await deliver(
+                Descriptor(local, span, Chunks(plan, local), later), start, send, receive=receive, facts=account
+            )
+        except BaseException:
+            if later is not None:
+                later.drop()
+            raise
+        finally:
+            local.close()
+        if later is not None and later.is_used:
+            later.accounts = hold_accounts(account, None)
 
 
 class KeptAnswers:
@@ -95,6 +148,8 @@ class KeptAnswers:
         """Counts the answers, if the application has one."""
         self._locate = locate
         self._answers: dict[bytes, KeptAnswer] = {}
+        self._large: dict[bytes, KeptAnswer] = {}  # those that the kernel sends from a file
+        self._heads: dict[bytes, tuple[bytes, list[Header]]] = {}
 
     def keep(
         self,
@@ -102,11 +157,12 @@ class KeptAnswers:
         file: AsyncFile,
         metadata: FileMetadata,
         head: PreparedHead,
-        delivery: Inline | Offloaded,
+        delivery: Inline | Offloaded | Descriptor,
         facts: Facts | None,
     ) -> None:
         """Keep the answer to the request with this scope, a plain GET, unless something else has a part in it."""
-        answers, target = self._answers, scope["raw_path"]
+        target, kept = scope["raw_path"], delivery.otherwise.plan if isinstance(delivery, Descriptor) else delivery
+        answers = self._large if isinstance(kept, Plan) else self._answers
         if scope["root_path"] or REQUEST_ID in head.lines or metadata.headers or metadata.digests:
             return
         if len(target) > MAX_TARGET:
@@ -117,7 +173,7 @@ class KeptAnswers:
             file=file,
             metadata=metadata,
             head=head,
-            delivery=replace(delivery, body=b"") if isinstance(delivery, Inline) else delivery,
+            delivery=replace(kept, body=b"") if isinstance(kept, Inline) else kept,
             path=scope["path"],
             route=route_of(scope) if facts is None or facts.route is None else facts.route,
             source=None if facts is None else facts.source,
@@ -133,6 +189,18 @@ class KeptAnswers:
         """Return the answer that is kept for a target in origin-form, if there is one."""
         return self._answers.get(target)
 
+    def keep_head(self, head: bytes, target: bytes, headers: list[Header]) -> None:
+        """Know from now on that the head of a request, which is the whole of it, asks for what is kept for a target."""
+        heads = self._heads
+        if len(head) <= MAX_HEAD:
+            while len(heads) >= MAX_HEADS:
+                del heads[next(iter(heads))]
+            heads[head] = target, headers
+
+    def known_head(self, head: bytes) -> tuple[bytes, list[Header]] | None:
+        """Return the target and the header fields of a head that is known. Nobody may change them."""
+        return self._heads.get(head)
+
     def body_of(self, target: bytes, answer: KeptAnswer) -> bytes | None:
         """Return the body of a kept answer, or forget the answer and return None: the application has to answer."""
         body = answer.body()
@@ -140,27 +208,70 @@ class KeptAnswers:
             self._answers.pop(target, None)
         return body
 
-    def begin(self, answer: KeptAnswer, scope: dict[str, Any], body: bytes) -> Account | None:
-        """Return the account of a request that gets a kept answer, whose head leaves now; None if nothing counts it.
+    def answer(self, scope: Scope, receive: Receive, send: Send) -> Awaitable[None] | None:
+        """Return a coroutine that sends the file that is kept for a request, or None: the application has to answer.
+
+        scope: of the request, as the application would get it.
+        """
+        target: bytes = scope.get("raw_path", b"")
+        if (
+            (answer := self._large.get(target)) is None
+            or scope["method"] != "GET"
+            or scope["query_string"]
+            or KEPT_ANSWERS not in scope.get("extensions", ())
+            or not _DECIDING_OR_BODY.isdisjoint(dict(scope["headers"]))
+        ):
+            return None
+        if (local := answer.open()) is None:
+            del self._large[target]
+            return None
+        give = partial(answer.send, local)
+        return give(scope, receive, send) if self.accounts is None else self.accounts(scope, receive, send, give)
+
+    @property
+    def sends_request_id(self) -> bool:
+        """Whether each answer has the id of its request."""
+        return self.accounts is not None and self.accounts.sends_request_id
+
+    def identify(self, scope: dict[str, Any]) -> str | None:
+        """Return the id of a request that gets a kept answer; None if nothing counts it.
 
         scope: of the request, as it is before the application would get it.
         """
         if (accounts := self.accounts) is None:
             return None
         self._locate(scope)
+        return accounts.identify(scope)
+
+    def count(self, answer: KeptAnswer, scope: dict[str, Any], request_id: str, began: float, body: bytes) -> None:
+        """Count a kept answer that the server has just sent.
+
+        request_id: what `identify` has returned for its scope. began: the time before it was sent, of `monotonic`.
+        """
+        accounts = self.accounts
+        assert accounts is not None
+        if (last := answer.outcome) is not None and scope["extensions"][CONNECTION].is_flushed:
+            client, seconds = scope["client"], monotonic() - began
+            accounts.report(
+                last.again(
+                    request_id,
+                    client=client[0] if client else None,
+                    headers=scope["headers"],
+                    first_byte=seconds,
+                    seconds=seconds,
+                )
+            )
+            return
         scope["method"], scope["path"] = "GET", answer.path
-        account = accounts.begin(scope, _send_nothing)
-        account.route, account.source, account.name, account.proxy = (
-            answer.route,
-            answer.source,
-            answer.name,
-            answer.proxy,
-        )
+        account = accounts.begin(scope, _send_nothing, request_id=request_id)
+        answer.note(account)
         delivery = answer.delivery
-        account.describe(answer.name, answer.metadata.etag, answer.metadata.size)
-        account.deliver(Inline(body, delivery.span) if type(delivery) is Inline else delivery, 200)
+        account.deliver(Inline(body, delivery.span) if isinstance(delivery, Inline) else delivery, 200)
         account.begin(200, answer.head.headers)
-        return account
+        outcome = account.take_whole(len(body))
+        if outcome is not None:  # without what only this client has sent
+            answer.outcome = outcome.again("", client=None, headers=(), first_byte=0, seconds=0)
+        account.leave()  # ends it if the client has left
 
 
 async def _send_nothing(message: Message) -> None:

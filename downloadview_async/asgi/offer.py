@@ -24,7 +24,7 @@ class Held(Protocol):
     def restarted(self, send: Send) -> Send:
         """Return a function that sends another answer in place of the one that was held, and counts that."""
 
-    def end(self, exc: BaseException | None = None) -> None:
+    def end(self, exc: BaseException | None = None) -> object:
         """Make the outcome: the answer has left, or has failed with `exc`."""
 
 

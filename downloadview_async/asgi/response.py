@@ -76,7 +76,8 @@ from downloadview_async.sources.local.open_file import local_of, open_nowait
 Order = Mapping[str, str]
 """The headers that have a proxy send a file."""
 
-_BY_PREPARED_HEAD = Inline, Empty, Offloaded, Descriptor  # ways in which the whole body follows at once
+_KEPT = Inline, Offloaded, Descriptor  # ways in which the answer may leave again: see `KeptAnswers`
+_BY_PREPARED_HEAD = (*_KEPT, Empty)  # ways in which the whole body follows at once
 _NAME = re.compile(f"{TOKEN_CHAR}+")
 _CONTROL = re.compile(r"[\x00-\x08\x0a-\x1f\x7f]")
 
@@ -370,7 +371,7 @@ class DownloadResponse(Response):
         if answer.head is not None and path_send and PREPARED in path_send and isinstance(delivery, _BY_PREPARED_HEAD):
             start[PREPARED] = answer.head
             is_all = len(start["headers"]) == len(answer.head.headers)
-            if self.kept_answers is not None and keep and is_all and isinstance(delivery, Inline | Offloaded):
+            if self.kept_answers is not None and keep and is_all and isinstance(delivery, _KEPT):
                 self.kept_answers.keep(scope, self.file, metadata, answer.head, delivery, facts)
         later: SendLater | None = extensions.get(SEND_LATER)
         if receive is None or type(delivery) is not Descriptor or not self._may_send_later(scope):

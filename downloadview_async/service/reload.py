@@ -55,6 +55,9 @@ class Generation:
     def app(self, scope: Scope, receive: Receive, send: Send) -> Awaitable[None]:
         """Answer a request."""
         self._locate(scope)
+        kept = self.kept_answers
+        if kept is not None and (answer := kept.answer(scope, receive, send)) is not None:
+            return answer
         return self._service.answer(scope, receive, send)
 
     @property

@@ -12,7 +12,7 @@ import subprocess
 import sys
 import time
 import weakref
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,11 +21,8 @@ import pytest
 from starlette.types import Receive, Scope, Send
 
 from downloadview_async import Accounts, Outcome, add_content_types
-from downloadview_async.asgi.kept_answers import MAX_ANSWERS
-from downloadview_async.asgi.server import DownloadProtocol, KeptAnswers
-from downloadview_async.service.access import locating
-from downloadview_async.service.accounts import Service
-from downloadview_async.service.app import build
+from downloadview_async.asgi.kept_answers import MAX_ANSWERS, MAX_HEAD, MAX_HEADS
+from downloadview_async.asgi.server import DownloadProtocol
 from downloadview_async.service.reload import Generation, Generations
 from downloadview_async.service.server import config_for
 from tests.live import live, make_old, uvicorn_for
@@ -46,18 +43,19 @@ def directory(tmp_path: Path) -> Path:
     return tmp_path
 
 
-class Counting:
-    """The service, with the number of requests that it has seen."""
+class Counting(Generations):
+    """The application of `downloadview serve`, with the number of requests that its service has seen."""
 
-    def __init__(self, service: Service) -> None:
-        self.service = service
+    def __init__(self, generation: Generation) -> None:
+        super().__init__(generation)
+        self.service = generation._service
         self.calls = 0
-        self._locate = locating(service._settings)
+        self._answer_by_service = self.service.answer
+        self.service.answer = self._count  # type: ignore[method-assign]
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+    def _count(self, scope: Scope, receive: Receive, send: Send) -> Awaitable[None]:
         self.calls += 1
-        self._locate(scope)
-        await self.service(scope, receive, send)
+        return self._answer_by_service(scope, receive, send)
 
 
 class Client:
@@ -94,11 +92,11 @@ async def client_of(
     **options: Any,
 ) -> AsyncIterator[Client]:
     """Serve a directory by settings and options of uvicorn, and give a client. keeps: whether answers are kept."""
-    service = Generation(load(directory, text))._service
-    app, kept = Counting(service), (lambda: service.kept_answers) if keeps else None
+    app = Counting(Generation(load(directory, text)))
+    http = partial(protocol, kept_answers=app.kept_answers if keeps else None)
     async with (
-        service.router.lifespan_context(service),
-        live(app, http=partial(protocol, kept_answers=kept), proxy_headers=False, **options) as port,
+        app.service.router.lifespan_context(app.service),
+        live(app, http=http, proxy_headers=False, **options) as port,
     ):
         reader, writer = await asyncio.open_connection("127.0.0.1", port)
         yield Client(reader, writer, app)
@@ -161,12 +159,99 @@ async def test_an_answer_that_is_given_again_is_the_one_of_the_application(
         async with client_of(directory, FILES + LOG, keeps=keeps) as client:
             assert (await client.ask())[1] == CONTENT
             assert await client.kept() is keeps
+            before, each = client.app.calls, []
+            for _ in range(3 if is_kept else 1):  # the second time, the head of the request is known
+                client.writer.write(request_text.encode())
+                head, body = await client.answer(request_text.partition(" ")[0])
+                each.append((without_time(head), body))
+            answers.append(each)
+            assert (client.app.calls == before) == ((keeps and is_kept) or b" 400 " in head)
+    assert answers[0] == answers[1]
+
+
+LARGE = os.urandom(1_000_000)
+GET_LARGE = "GET /files/large.bin HTTP/1.1\r\nHost: x\r\n"
+
+
+@pytest.mark.parametrize("text", [FILES + LOG, f"{FILES}[server]\naccess_log = false\n"], ids=["counted", "uncounted"])
+@pytest.mark.parametrize(
+    "request_text, is_kept",
+    [
+        (f"{GET_LARGE}\r\n", True),
+        (f"{GET_LARGE}User-Agent: another\r\nAccept-Encoding: gzip, br\r\nCookie: a=b\r\n\r\n", True),
+        (f"{GET_LARGE}Connection: close\r\n\r\n", True),
+        ("GET /files/large.bin HTTP/1.0\r\n\r\n", True),
+        ("GET http://y/files/large.bin HTTP/1.1\r\nHost: x\r\n\r\n", True),
+        (f"{GET_LARGE}Range: bytes=3-500000\r\n\r\n", False),
+        (f'{GET_LARGE}If-None-Match: "x"\r\n\r\n', False),
+        (f"{GET_LARGE}Expect: 100-continue\r\n\r\n", False),
+        (f"{GET_LARGE}Content-Length: 3\r\n\r\nabc", False),
+        (f"{GET_LARGE}Transfer-Encoding: chunked\r\n\r\n0\r\n\r\n", False),
+        ("HEAD /files/large.bin HTTP/1.1\r\nHost: x\r\n\r\n", False),
+        ("POST /files/large.bin HTTP/1.1\r\nHost: x\r\n\r\n", False),
+        ("GET /files/large.bin?a HTTP/1.1\r\nHost: x\r\n\r\n", False),
+        ("GET /files/l%61rge.bin HTTP/1.1\r\nHost: x\r\n\r\n", False),
+    ],
+)
+async def test_a_large_file_is_sent_again_as_the_application_sends_it(
+    directory: Path, request_text: str, is_kept: bool, text: str
+) -> None:
+    (directory / "files/large.bin").write_bytes(LARGE)
+    make_old(directory)
+    answers: list[Any] = []
+    for keeps in (True, False):
+        async with client_of(directory, text, keeps=keeps) as client:
+            assert (await client.ask(target="/files/large.bin"))[1] == LARGE
+            assert await client.kept(target="/files/large.bin") is keeps
             before = client.app.calls
             client.writer.write(request_text.encode())
             head, body = await client.answer(request_text.partition(" ")[0])
             answers.append((without_time(head), body))
-            assert (client.app.calls == before) == ((keeps and is_kept) or b" 400 " in head)
+            assert (client.app.calls == before) == (keeps and is_kept)
+            if "Connection: close" in request_text or "HTTP/1.0" in request_text:
+                assert await asyncio.wait_for(client.reader.read(), 10) == b""
+            if text != FILES + LOG:
+                continue
+            lines = [json.loads(line) for line in await written(directory, 3)]
+            (directory / "log").unlink()
+            differ = ("time", "request_id", "seconds", "first_byte", "user_agent")
+            answers[-1] += ([{name: value for name, value in line.items() if name not in differ} for line in lines],)
     assert answers[0] == answers[1]
+
+
+async def test_clients_that_leave_a_large_file_have_their_outcomes_and_it_is_closed(directory: Path) -> None:
+    (directory / "files/large.bin").write_bytes(LARGE * 10)
+    make_old(directory)
+    async with client_of(directory, FILES + LOG) as client:
+        assert not await client.kept(target="/files/large.bin")
+        port = client.writer.get_extra_info("peername")[1]
+        for _ in range(3):
+            with socket.create_connection(("127.0.0.1", port)) as slow:
+                slow.sendall(f"{GET_LARGE}\r\n".encode())
+                slow.setblocking(False)
+                assert await asyncio.get_running_loop().sock_recv(slow, 100)
+        lines = [json.loads(line) for line in await written(directory, 4)]
+        assert [line["reason"] for line in lines] == [None] + ["client-left"] * 3
+        assert all(line["bytes"] < 10_000_000 for line in lines[1:])
+        assert (client.app.calls, client.app.service.in_progress) == (1, 0)
+        async with asyncio.timeout(30):  # a file that is sent often is kept open for a second
+            while str(directory / "files/large.bin") in map(os.path.realpath, Path("/proc/self/fd").iterdir()):
+                await asyncio.sleep(0.05)
+
+
+@pytest.mark.parametrize("size", [len(CONTENT), len(LARGE)])
+async def test_a_large_file_that_has_changed_is_answered_anew(directory: Path, size: int) -> None:
+    file = directory / "files/large.bin"
+    file.write_bytes(LARGE)
+    make_old(directory)
+    async with client_of(directory) as client:
+        await client.ask(target="/files/large.bin")
+        assert await client.kept(target="/files/large.bin")
+        for content in (os.urandom(size), LARGE[::-1]):
+            file.write_bytes(content)
+            assert (await client.ask(target="/files/large.bin"))[1] == content
+        file.unlink()
+        assert (await client.ask(target="/files/large.bin"))[0].startswith(b"HTTP/1.1 404 ")
 
 
 @pytest.mark.parametrize(
@@ -295,19 +380,20 @@ async def written(directory: Path, count: int) -> list[str]:
 async def test_each_answer_has_its_outcome(directory: Path) -> None:
     async with client_of(directory, FILES + LOG) as client:
         ids = []
-        for agent in ("one", "two", "three"):
+        for agent in ("one", "two", "three", "three", "three"):  # at last, the head of the request is known
             head, _ = await client.ask(f"User-Agent: {agent}")
             match = re.search(rb"x-request-id: ([0-9a-f]{32})\r\n", head)
             assert match is not None
             ids.append(match[1].decode())
-        lines = [json.loads(line) for line in await written(directory, 3)]
+        lines = [json.loads(line) for line in await written(directory, 5)]
     assert [line["request_id"] for line in lines] == ids
-    assert [line["user_agent"] for line in lines] == ["one", "two", "three"]
+    assert len(set(ids)) == 5
+    assert [line["user_agent"] for line in lines] == ["one", "two", "three", "three", "three"]
     differ = ("time", "request_id", "seconds", "first_byte", "user_agent")
     for line in lines:
         assert 0 <= line["first_byte"] <= line["seconds"] < 30
     shown = [{name: value for name, value in line.items() if name not in differ} for line in lines]
-    assert shown[0] == shown[1] == shown[2]
+    assert shown == [shown[0]] * 5
     assert (shown[0]["bytes"], shown[0]["kind"], shown[0]["result"]) == (len(CONTENT), "inline", "completed")
     assert (shown[0]["route"], shown[0]["source"], shown[0]["name"]) == ("/files/{path:path}", "files", "a.txt")
 
@@ -510,6 +596,45 @@ async def test_a_connection_that_only_got_kept_answers_is_idle_and_ends(director
         writer.close()
 
 
+async def test_a_head_that_is_known_is_in_time(directory: Path) -> None:
+    connections: list[DownloadProtocol] = []
+
+    class Followed(DownloadProtocol):
+        def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+            super().connection_made(transport)
+            connections.append(self)
+
+        def on_headers_complete(self) -> None:
+            parsed.append(self)
+            super().on_headers_complete()
+
+    parsed: list[DownloadProtocol] = []
+    async with client_of(directory, protocol=Followed) as client:
+        assert [await client.kept() for _ in range(3)] == [False, True, True]
+        assert len(parsed) == 2
+        reader, writer = await asyncio.open_connection("127.0.0.1", client.writer.get_extra_info("peername")[1])
+        other = Client(reader, writer, client.app)
+        assert await other.kept()
+        assert len(parsed) == 2
+        assert connections[1]._head_timer is None
+        writer.close()
+
+
+async def test_heads_are_forgotten_beyond_a_number(directory: Path) -> None:
+    async with client_of(directory) as client:
+        await client.ask()
+        kept = client.app.service.kept_answers
+        assert kept is not None
+        for number in range(MAX_HEADS + 1):
+            assert await client.kept(f"User-Agent: {number}")
+        head = "GET /files/a.txt HTTP/1.1\r\nHost: x\r\nUser-Agent: %s\r\n\r\n"
+        known = [kept.known_head((head % number).encode()) is not None for number in range(MAX_HEADS + 1)]
+        assert known == [False] + [True] * MAX_HEADS
+        long = "x" * MAX_HEAD
+        assert await client.kept(f"User-Agent: {long}")
+        assert kept.known_head((head % long).encode()) is None
+
+
 async def test_answers_are_forgotten_beyond_a_number(directory: Path) -> None:
     async with client_of(directory) as client:
         for number in range(MAX_ANSWERS + 1):
@@ -543,12 +668,10 @@ async def test_a_clock_that_is_set_back_and_another_type_have_the_answer_made_an
 
 
 async def test_the_service_counts_nothing_if_nothing_listens(directory: Path) -> None:
-    settings = load(directory, FILES)
-    service = build(settings)
-    service.kept_answers = KeptAnswers(locating(settings))
-    assert not settings.listens
-    app = Counting(service)
-    async with live(app, http=partial(DownloadProtocol, kept_answers=lambda: service.kept_answers)) as port:
+    settings = load(directory, f"{FILES}[server]\naccess_log = false\n")
+    app = Counting(Generation(settings))
+    assert not app.service._settings.listens
+    async with live(app, http=partial(DownloadProtocol, kept_answers=app.kept_answers)) as port:
         reader, writer = await asyncio.open_connection("127.0.0.1", port)
         client = Client(reader, writer, app)
         head, _ = await client.ask()
@@ -560,10 +683,9 @@ async def test_the_service_counts_nothing_if_nothing_listens(directory: Path) ->
 
 async def test_observers_get_each_outcome(directory: Path) -> None:
     seen: list[Outcome] = []
-    service = Generation(load(directory, FILES + LOG))._service
-    service._observers = [seen.append]
-    app = Counting(service)
-    async with live(app, http=partial(DownloadProtocol, kept_answers=lambda: service.kept_answers)) as port:
+    app = Counting(Generation(load(directory, FILES + LOG)))
+    app.service._observers = [seen.append]
+    async with live(app, http=partial(DownloadProtocol, kept_answers=app.kept_answers)) as port:
         reader, writer = await asyncio.open_connection("127.0.0.1", port)
         client = Client(reader, writer, app)
         for _ in range(3):
@@ -571,7 +693,7 @@ async def test_observers_get_each_outcome(directory: Path) -> None:
         writer.close()
     assert app.calls == 1
     assert len(seen) == 3
-    assert service.in_progress == 0
+    assert app.service.in_progress == 0
     first = seen[0]
     for outcome in seen[1:]:
         assert (outcome.spans, outcome.etag, outcome.size) == (first.spans, first.etag, first.size)
@@ -646,12 +768,12 @@ async def test_a_connection_is_freed_with_its_last_answer(directory: Path) -> No
 async def test_a_client_that_leaves_has_got_what_its_machine_has_taken(directory: Path, is_chunked: bool) -> None:
     (directory / "files/large.bin").write_bytes(os.urandom(60_000))
     make_old(directory)
-    service = Generation(load(directory, f"{FILES}list = true\n{LOG}"))._service
-    app = Counting(service)
+    app = Counting(Generation(load(directory, f"{FILES}list = true\n{LOG}")))
     with socket.create_server(("127.0.0.1", 0)) as listener:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 8192)  # so that the transport holds most of the answer
-        http = partial(DownloadProtocol, kept_answers=lambda: service.kept_answers)
-        async with service.router.lifespan_context(service), uvicorn_for(app, sockets=[listener], http=http):
+        http = partial(DownloadProtocol, kept_answers=app.kept_answers)
+        lifespan = app.service.router.lifespan_context(app.service)
+        async with lifespan, uvicorn_for(app, sockets=[listener], http=http):
             slow = socket.socket()
             slow.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
             slow.connect(listener.getsockname())

@@ -220,7 +220,6 @@ class DownloadProtocol(HttpToolsProtocol):
         "_head_timer",
         "_held",
         "_idle_since",
-        "_is_alone",
         "_is_draining",
         "_is_half_closed",
         "_is_on_unix_socket",
@@ -237,6 +236,7 @@ class DownloadProtocol(HttpToolsProtocol):
         "_unparsed_from",
         "_untaken_at_loss",
         "_untaken_since",
+        "_whole_head",
         "file_sent",
         "flushed",
         "is_lost",
@@ -286,7 +286,7 @@ class DownloadProtocol(HttpToolsProtocol):
         self._head_timer: asyncio.TimerHandle | None = None
         self._idle_since: float | None = None
         self._untaken_since: tuple[float, int] | None = None  # a time, and how many bytes the client had not taken then
-        self._is_alone = False  # whether the head that is being read has come with nothing behind it
+        self._whole_head: bytes | None = None  # the head that is being read, if it has come with nothing behind it
         self._is_half_closed = False
         self._on_half_close: Callable[[], None] | None = None
         self._on_loss: Callable[[], None] | None = None
@@ -343,12 +343,14 @@ class DownloadProtocol(HttpToolsProtocol):
         else:
             idle_since, self._idle_since = self._idle_since, None
             if self._is_one_head(data):
+                if self._has_answered_known(data):
+                    return
                 self._framing_bytes += len(data)
                 if self.parser is None:
                     self._make_parser()
-                self._is_alone = True
+                self._whole_head = data
                 super().data_received(data)
-                self._is_alone = False
+                self._whole_head = None
                 if self._phase is _HEAD:
                     self._start_head_timer()
             else:
@@ -452,9 +454,7 @@ class DownloadProtocol(HttpToolsProtocol):
 
     def on_headers_complete(self) -> None:
         """Refuse the head, or let uvicorn start the application."""
-        if self._head_timer is not None:
-            self._head_timer.cancel()
-            self._head_timer = None
+        self._end_head_timer()
         version = self.parser.get_http_version()
         try:
             self.url, self._body_left = read_head(
@@ -469,11 +469,15 @@ class DownloadProtocol(HttpToolsProtocol):
             return
         answers = None if self._kept_answers is None or not self._has_plain_socket else self._kept_answers()
         # of requests in one packet, each waits for its turn: a client that sends thousands would hold up all others
-        if self._is_alone and answers is not None and self._has_given_again(answers, version):
-            self._phase = _BODY
-            self._framing_bytes = 0
-            self.headers = _TRAILERS
-            return
+        if answers is not None and self._whole_head is not None and self._may_be_given_again(version):
+            target, headers = self.url, self.headers
+            if self._has_given_again(answers):
+                if not self._is_on_unix_socket:
+                    answers.keep_head(self._whole_head, target, headers)
+                self._phase = _BODY
+                self._framing_bytes = 0
+                self.headers = _TRAILERS
+                return
         scope = self.scope
         extensions: Any = {PATHSEND: _PATH_SEND, CONNECTION: self} if self._has_plain_socket else {}
         if answers is not None:
@@ -500,36 +504,56 @@ class DownloadProtocol(HttpToolsProtocol):
         if self._is_draining:
             self._cycle.keep_alive = False
 
-    def _has_given_again(self, answers: KeptAnswers, version: str) -> bool:
-        """Give the answer that is kept for this request, and return True; or return False: the application answers."""
-        if (answer := answers.get(self.url)) is None:
+    def _has_answered_known(self, data: bytes) -> bool:
+        """Answer a request whose head is, byte by byte, that of an earlier one which got a kept answer.
+
+        Return False if it is none, or if the application has to answer: then it has to be parsed.
+        """
+        if self._kept_answers is None or self._is_on_unix_socket or not self._has_plain_socket:
             return False
+        if (answers := self._kept_answers()) is None or (known := answers.known_head(data)) is None:
+            return False
+        super().on_message_begin()
+        self.url, self.scope["headers"] = known
+        if not self._has_given_again(answers):
+            return False
+        self._end_head_timer()
+        return True
+
+    def _may_be_given_again(self, version: str) -> bool:
+        """Return whether the head that has been read is one whose answer may be a kept one."""
+        return (
+            version == "1.1"
+            and self.parser.get_method() == b"GET"
+            and self.parser.should_keep_alive()
+            and not self.parser.should_upgrade()
+            and self._body_left == 0
+            and DECIDING.isdisjoint(dict(self.headers))
+        )
+
+    def _has_given_again(self, answers: KeptAnswers) -> bool:
+        """Give the answer that is kept for this request, and return True; or return False: the application answers."""
         if (
-            version != "1.1"
-            or self.parser.get_method() != b"GET"
-            or not self.parser.should_keep_alive()
-            or self.parser.should_upgrade()
-            or self._body_left != 0
+            (answer := answers.get(self.url)) is None
             or self._is_draining
             or self.paced_at is not None
             or self.flow.write_paused
-            or not DECIDING.isdisjoint(dict(self.headers))
             or (lines := lines_of(self.server_state.default_headers)) is None
             or (body := answers.body_of(self.url, answer)) is None
         ):
             return False
+        began = monotonic()
         scope: Any = self.scope
-        scope["extensions"] = {CONNECTION: self}
-        account = answers.begin(answer, scope, body)
-        del scope["extensions"]  # else only the garbage collector would free the connection
-        request_id = b""
-        if account is not None and account.sends_id:
-            request_id = b"%s: %s\r\n" % (REQUEST_ID, account.request_id.encode())
-        self.transport.write(b"".join((STATUS_LINE[200], lines, answer.head.lines, request_id, b"\r\n", body)))
+        self.request_id = request_id = answers.identify(scope)
+        line = b""
+        if request_id is not None and answers.sends_request_id:
+            line = b"%s: %s\r\n" % (REQUEST_ID, request_id.encode())
+        self.transport.write(b"".join((STATUS_LINE[200], lines, answer.head.lines, line, b"\r\n", body)))
         self.server_state.total_requests += 1
-        if account is not None:
-            account.take_whole(len(body))
-            account.leave()  # ends it if the client has left
+        if request_id is not None:
+            scope["extensions"] = {CONNECTION: self}
+            answers.count(answer, scope, request_id, began, body)
+            del scope["extensions"]  # else only the garbage collector would free the connection
         # The last answer has no cycle. The scope refers to this connection, and the cycle before it may do so.
         nothing: Any = None
         self.scope = self._cycle = nothing
@@ -1007,6 +1031,11 @@ class DownloadProtocol(HttpToolsProtocol):
 
     def _unset_keepalive_if_required(self) -> None:
         """Let the idle timer ring: it looks at `_idle_since`."""
+
+    def _end_head_timer(self) -> None:
+        if self._head_timer is not None:
+            self._head_timer.cancel()
+            self._head_timer = None
 
     def _start_head_timer(self) -> None:
         """Close the connection if the client does not complete the head of a request in time."""
