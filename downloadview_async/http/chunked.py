@@ -43,7 +43,7 @@ class Dechunker:
             end = data.find(b"\r\n", place)
             if end < 0 or end - place > _MAX_LINE:
                 self._held = data[place:]
-                if len(self._held) > _MAX_LINE:
+                if len(self._held.removesuffix(b"\r")) > _MAX_LINE:
                     raise UpstreamError(f"the chunked body has a line of more than {_MAX_LINE} bytes")
                 break
             self._take_line(data[place:end])

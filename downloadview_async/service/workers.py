@@ -45,6 +45,7 @@ STARTUP_FAILURE = 3
 """The exit status if something does not answer, as uvicorn's: trying again may help."""
 
 _BEAT = 1.0  # seconds between two signs of life of a worker
+_BLOCKED = 20.0  # seconds in which the event loop of a worker has done nothing, after which it is silent
 _HUNG = 10.0  # seconds without one after which a worker is killed, of those in which the parent has looked
 _PAUSE = 1.0  # seconds before a worker that could not start is started again
 _POLL = 0.5  # seconds between two looks at watched files
@@ -79,6 +80,7 @@ def work(
     try:
         check_descriptors()
         server = _WorkerServer(settings, pipe, are_inherited, watches)
+        check_certificate(settings)  # it may have been replaced since the parent has looked
         try:
             server.run(sockets)
         finally:
@@ -111,6 +113,7 @@ class _WorkerServer(DownloadServer):
         self._pipe = pipe
         self._are_inherited = are_inherited
         self._watches = watches
+        self._loop_ran = time.monotonic()
 
     def tell_failure(self) -> None:
         """Tell the parent why the application could not start, if that is so."""
@@ -136,13 +139,20 @@ class _WorkerServer(DownloadServer):
     def _listen_to_parent(self) -> None:
         files = _states_of(map(str, watched_files(self._settings))) if self._watches else {}
         _say(self._pipe, _READY + json.dumps(files).encode())
+        self._note_that_the_loop_runs()
         threading.Thread(target=self._beat, daemon=True).start()
         asyncio.get_running_loop().add_reader(self._pipe.fileno(), self._obey)
 
+    def _note_that_the_loop_runs(self) -> None:
+        self._loop_ran = time.monotonic()
+        asyncio.get_running_loop().call_later(_BEAT, self._note_that_the_loop_runs)
+
     def _beat(self) -> None:
+        """Give signs of life, in a thread: the event loop may be busy for some seconds, but not for ever."""
         with contextlib.suppress(OSError):
             while True:
-                self._pipe.send_bytes(_ALIVE)
+                if time.monotonic() - self._loop_ran < _BLOCKED:
+                    self._pipe.send_bytes(_ALIVE)
                 time.sleep(_BEAT)
 
     def _obey(self) -> None:

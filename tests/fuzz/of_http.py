@@ -14,9 +14,12 @@ import zlib
 from datetime import UTC, datetime
 from typing import Any
 
-from downloadview_async.errors import FileError
+import h11
+
+from downloadview_async.errors import FileError, UpstreamError
 from downloadview_async.http import upstream
 from downloadview_async.http.archive_names import distinct_names, safe_name
+from downloadview_async.http.chunked import Dechunker
 from downloadview_async.http.conditional import failed_precondition, parse_etag_list, range_applies
 from downloadview_async.http.content_types import content_type_for, is_active, valid_content_type, with_charset
 from downloadview_async.http.dates import (
@@ -37,10 +40,11 @@ from downloadview_async.http.negotiation import content_coding, hides_coding, pr
 from downloadview_async.http.plan import Presentation, make_plan
 from downloadview_async.http.ranges import MAX_PARTS, parse_content_range, parse_range, read_from, select_ranges
 from downloadview_async.http.request import DownloadRequest
+from downloadview_async.http.response_head import END_OF_HEAD, parse_response_head
 from downloadview_async.http.upstream import Answer, Received
 from downloadview_async.http.zip_layout import Checked, Content, Member, ZipLayout
 from tests.fuzz import inputs as st
-from tests.fuzz.inputs import edited, edited_text
+from tests.fuzz.inputs import edited, edited_bytes, edited_text
 from tests.fuzz.targets import is_printable_ascii, target
 
 CONTENT = bytes(range(256))
@@ -508,6 +512,107 @@ def upstream_answers(value: tuple[int, dict[str, str], str, dict[bytes, str]]) -
         if status == 206 and span is not None:
             assert following.start <= span.start
             assert following.is_short or (following.stop is not None and following.stop >= span.stop)
+
+
+# --- the bytes of an upstream server
+
+
+def client_of(method: str) -> h11.Connection:
+    """Return h11's client, which has just sent a request."""
+    client = h11.Connection(h11.CLIENT)
+    client.send(h11.Request(method=method, target="/", headers=[("Host", "upstream.example")]))
+    client.send(h11.EndOfMessage())
+    return client
+
+
+HEADS = edited_bytes(
+    b'HTTP/1.1 200 OK\r\nContent-Length: 10\r\nETag: "v1"\r\nVary: a\r\nVary: b',
+    b"HTTP/1.1 206 Partial Content\r\nTransfer-Encoding: chunked\r\nContent-Range: bytes 0-3/10",
+    b"HTTP/1.0 200\nConnection: close, x\nX: a\n b",
+    b"HTTP/1.1 304 Not Modified\r\nContent-Length: 5\r\nContent-Length: 5",
+    b"HTTP/1.1 103 Early Hints\r\nLink: </a>",
+    words=[b"Content-Length: 10", b"Transfer-Encoding: chunked", b"\r\n ", b"\n\t", b": ", b"HTTP/1.1 ", b"close"],
+)
+
+
+@target(st.tuples(HEADS, st.sampled_from(["GET", "HEAD"])), regressions=[(b"", "GET"), (b"\r", "GET")])
+def heads_of_upstreams(value: tuple[bytes, str]) -> None:
+    received, method = value
+    raw = END_OF_HEAD.split(received, maxsplit=1)[0]
+    try:
+        head = parse_response_head(raw, method)
+    except UpstreamError as exc:
+        assert str(exc).isprintable()
+        return
+    assert 100 <= head.status <= 999
+    for name, text in head.fields.items():
+        assert re.fullmatch(r"[a-z0-9!#$%&'*+.^_`|~-]+", name)
+        assert not set("\r\n\0") & set(text)
+    assert head.length is None or (0 <= head.length < 10**18 and not head.is_chunked)
+    if method == "HEAD" or head.status < 200 or head.status in (204, 304):
+        assert head.length == 0
+    client = client_of(method)
+    client.receive_data(raw.removesuffix(b"\r") + b"\r\n\r\n")
+    try:
+        event = client.next_event()
+    except h11.RemoteProtocolError:  # it refuses more: control characters, for example
+        return
+    if not isinstance(event, h11.Response | h11.InformationalResponse):
+        return
+    fields: dict[str, str] = {}
+    for field, content in event.headers:
+        name, text = field.decode(), content.decode("latin-1")
+        fields[name] = f"{fields[name]}, {text}" if name in fields else text
+    assert (event.status_code, fields) == (head.status, head.fields)
+
+
+CHUNKED = edited_bytes(
+    b"5\r\n01234\r\n3;a=b\r\n567\r\n0\r\n\r\n",
+    b"0\r\nA: b\r\nContent-Length: 7\r\n\r\nHTTP/1.1 200 OK\r\n\r\n",
+    b"0000a \r\n0123456789\r\n0\r\n\r\n",
+    b"1000\r\n" + bytes(4096) + b"\r\n0\r\n\r\n",
+    words=[b"0\r\n\r\n", b"5\r\n01234\r\n", b"fffffffffffffff", b"1;" + b"x" * 5000, b"a" * 70_000],
+)
+
+
+def unchunked(sent: bytes, size: int) -> tuple[bytes, bytes, bool] | None:
+    """Return the body, what comes after it and whether it is complete, of pieces of some size; None if it is wrong."""
+    chunks, body, place = Dechunker(), [], 0
+    try:
+        while place < len(sent) and not chunks.is_complete:
+            body.append(chunks.feed(sent[place : place + size]))
+            place += size
+    except UpstreamError as exc:
+        assert str(exc).isprintable()
+        return None
+    return b"".join(body), chunks.rest + sent[place:], chunks.is_complete
+
+
+@target(st.tuples(CHUNKED, st.integers(1, 7)), regressions=[(b"0\r\n" + b"A" * 4096 + b"\r\n\r\n", 1)])
+def chunked_bodies(value: tuple[bytes, int]) -> None:
+    sent, size = value
+    whole = unchunked(sent, len(sent) + 1)
+    assert unchunked(sent, size) == whole
+    if whole is None:
+        return
+    body, rest, is_complete = whole
+    assert len(body) + len(rest) <= len(sent)
+    if re.search(rb"(?<!\r)\n", sent):  # with which a line of h11 may end
+        return
+    client = client_of("GET")
+    client.receive_data(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n" + sent)
+    read = b""
+    try:
+        while not isinstance(event := client.next_event(), type(h11.NEED_DATA)):
+            if isinstance(event, h11.Data):
+                read += event.data
+            if isinstance(event, h11.EndOfMessage):
+                assert (read, client.trailing_data[0], True) == (body, rest, is_complete)
+                return
+    except h11.RemoteProtocolError:  # it refuses more, such as what stands in a trailer
+        return
+    assert read == body
+    assert not is_complete
 
 
 # --- archives

@@ -1,5 +1,6 @@
 """Links, the files of users, addresses of clients, names of users from a proxy, and the texts of limits."""
 
+import base64
 import ipaddress
 import posixpath
 import re
@@ -17,6 +18,7 @@ from downloadview_async.policy.addresses import PEER, TrustedAddresses, address_
 from downloadview_async.policy.folders import PAGE_PARAMETERS
 from downloadview_async.policy.htpasswd import MAX_COST, PasswordFile
 from downloadview_async.policy.limits.amounts import LEAST_RATE, quota_of, rate_of, window_of
+from downloadview_async.policy.users import _credentials
 from tests.fuzz import inputs as st
 from tests.fuzz.inputs import edited, edited_bytes, edited_text
 from tests.fuzz.targets import target, target_within
@@ -236,3 +238,22 @@ def amounts_of_limits(text: str) -> None:
         assert re.match("[0-9]", text)
         if parse is rate_of:
             assert number >= LEAST_RATE
+
+
+BASIC = edited("Basic YWRhOnNlY3JldA==", "basic YWRhOg==", "Basic Og==", "Bearer x", "Basic YWRh", "Basic  w6k6w6k=")
+
+
+@target(st.lists(BASIC, max_size=2))
+def passwords_of_requests(values: list[str]) -> None:
+    headers = [(b"authorization", value.encode("latin-1")) for value in values]
+    found = _credentials(Request({"type": "http", "headers": headers}))
+    if found is None:
+        return
+    name, password = found
+    assert len(values) == 1
+    assert name
+    assert ":" not in name
+    scheme, token = values[0].split()
+    assert scheme.lower() == "basic"
+    assert base64.b64decode(token) == f"{name}:".encode() + password
+    assert not re.search(rb"[\x00-\x1f\x7f]", name.encode() + password)

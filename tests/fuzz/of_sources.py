@@ -32,9 +32,10 @@ from downloadview_async.sources.digests.sidecar import checksum_line, parse_side
 from downloadview_async.sources.local.root import Root, Symlinks
 from downloadview_async.sources.names import Names, canonical_folder, canonical_name, entries_check, entry_check
 from downloadview_async.sources.remote.listing import entry_of
+from downloadview_async.sources.remote.urls import PORTS, UpstreamURL, parse_url
 from downloadview_async.testing import call
 from tests.fuzz import inputs as st
-from tests.fuzz.inputs import edited_bytes, edited_text
+from tests.fuzz.inputs import edited, edited_bytes, edited_text
 from tests.fuzz.targets import target, target_within
 
 PATHS = edited_text(
@@ -344,3 +345,44 @@ def pages_of_a_bucket(content: bytes, loop: asyncio.AbstractEventLoop) -> None:
         assert listed.size is None or 0 <= listed.size < 10**18
         assert listed.modified is None or listed.modified.tzinfo is not None
     assert page.following is None or isinstance(page.following, str)
+
+
+URLS = edited(
+    "http://upstream.example/a%20b?c=d",
+    "https://user:password@upstream.example:8443/a/../b/./c",
+    "http://[2001:db8::1]:80/",
+    "http://[fe80::1%25eth0]/x",
+    "//other.example/a",
+    "/a/b?c#d",
+    "b/../../c",
+    "?q",
+    "http://127.0.0.1/",
+    "http://m\xfcnchen.example/\xe9",
+    "http://0x7f.1/",
+    words=["@", "[", "]", "%25", "%", "http://", "//", "/../", "/./", ":80", ":99999", "\xad", "xn--"],
+)
+
+
+def is_sound(url: UpstreamURL) -> bool:
+    """Return whether a URL can stand in the head of a request, and is itself when it is read again."""
+    assert url.target.startswith("/")
+    assert re.fullmatch("[!-~]+", url.target), url
+    assert re.fullmatch("[!-~]*", url.authority), url
+    again = parse_url(f"{url.scheme}://{url.authority}{url.target}")
+    return (again.origin, again.authority, again.target) == (url.origin, url.authority, url.target)
+
+
+@target(
+    st.tuples(URLS, URLS),
+    regressions=[("http://[fe80::1%a b]/", "/"), ("http://upstream.example/", "http://[fe80::1%\xe9]/")],
+)
+def urls_of_upstreams(value: tuple[str, str]) -> None:
+    text, location = value
+    try:
+        url = parse_url(text)
+        if url.scheme in PORTS:
+            assert is_sound(url), url
+            following = url.joined(location)
+            assert following.scheme not in PORTS or is_sound(following), following
+    except UpstreamError:  # the log shortens what it says
+        return

@@ -303,6 +303,19 @@ def test_a_worker_that_hangs_is_replaced_unless_it_was_stopped_with_its_parent(t
 
 
 @pytest.mark.slow
+def test_a_worker_whose_event_loop_is_blocked_for_ever_is_replaced(directory: Path) -> None:
+    """A hook has no `await` and does not return, or a file system that nobody expected to hang does."""
+    (directory / "blocks.py").write_text("import time\nasync def allow(*_):\n    while True:\n        time.sleep(1)\n")
+    more = '[[routes]]\npath = "/blocks/{path:path}"\nsource = "files"\naccess = ["hook:blocks:allow"]\n'
+    with service(directory, workers="2", more=more) as server, connect(server) as client:
+        client.sendall(b"GET /blocks/a.txt HTTP/1.1\r\nHost: x\r\n\r\n")
+        server.wait_for_log("does not answer, and is killed")
+        server.wait_for_log("Application startup complete", times=3)
+        assert get(server, "/files/a.txt")[0] == 200
+        assert server.stop() == 0
+
+
+@pytest.mark.slow
 def test_a_worker_that_leaves_by_itself_is_replaced_while_it_sends_on(directory: Path) -> None:
     with service(directory, "--limit-max-requests", "3", workers="2", limit=60) as server:
         downloads = [begin(server) for _ in range(2)]

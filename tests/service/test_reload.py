@@ -34,7 +34,7 @@ from downloadview_async.service.reload import needing_a_restart
 from downloadview_async.service.systemd import Notifier, inherited_sockets
 from tests.servers import Server, free_port, serving, wait_for_text
 from tests.service.test_cli import COMMAND, refused
-from tests.service.test_drain import WORKERS, begin, get, read
+from tests.service.test_drain import WORKERS, begin, get, read, worker_pids
 
 SETTINGS = """
 [server]
@@ -284,6 +284,31 @@ def test_certificates_are_loaded_again(directory: Path) -> None:
         certificate(directory, "third.example")
         reload(directory)
         assert b"third.example" in presented(server)
+
+
+@pytest.mark.slow
+def test_a_certificate_that_a_new_worker_cannot_load_is_one_line(directory: Path) -> None:
+    """It is replaced while workers start: the parent has found the old one right."""
+    certificate(directory, "first.example")
+    tls = '[server]\nssl_certfile = "certificate.pem"\nssl_keyfile = "key.pem"'
+    change(directory, "[server]", tls)
+    change(directory, "workers = 1", "workers = 2")
+    with service(directory) as server:
+        (directory / "breaks.py").write_text("open('key.pem', 'w').close()\nasync def allow(*_):\n    return True\n")
+        change(directory, 'source = "files"', 'source = "files"\naccess = ["hook:breaks:allow"]')
+        with pytest.raises(ConfigurationError, match=r"server\.ssl_certfile: the certificate and its key cannot be"):
+            reload(directory)
+        assert b"first.example" in presented(server)
+        failures = server.log.count("the certificate and its key cannot be loaded")
+        os.kill(worker_pids(server)[0], signal.SIGKILL)
+        server.wait_for_log("server.ssl_certfile: the certificate and its key cannot be loaded", times=failures + 2)
+        assert b"first.example" in presented(server)
+        certificate(directory, "second.example")
+        server.wait_for_log("Application startup complete", times=3)
+        (directory / "breaks.py").write_text("async def allow(*_):\n    return True\n")
+        reload(directory)
+        assert b"second.example" in presented(server)
+        assert server.stop() == 0
 
 
 def test_keys_and_users_are_read_again(site: Site) -> None:

@@ -68,7 +68,10 @@ def parse_url(url: str) -> UpstreamURL:
         parts = urlsplit(url)
         host, port = ascii_host(parts.hostname or ""), parts.port
         if not _HOST.fullmatch(host):
-            ipaddress.ip_address(host.partition("%")[0])
+            address, _, zone = host.partition("%")
+            ipaddress.ip_address(address)
+            if zone and not _HOST.fullmatch(zone):
+                raise ValueError("the zone of its address has characters that no zone has")
     except ValueError as exc:
         raise UpstreamError(f"{url[:1000]!r} is not the URL of a server: {exc}") from exc
     path = _without_dot_segments(parts.path) if "/." in parts.path else parts.path
