@@ -7,6 +7,7 @@ import json
 import os
 import re
 import resource
+import shutil
 import signal
 import socket
 import ssl
@@ -237,6 +238,47 @@ def test_wrong_settings_change_nothing_and_say_why(sites: Sites, workers: str) -
         site.write(SETTINGS)
     site.use(SETTINGS.replace('root = "files"', 'root = "other"'))
     assert get(site.server, "/files/a.txt") == (200, b"other", None)
+
+
+@pytest.mark.parametrize("workers", WORKERS)
+def test_a_disk_that_hangs_while_settings_are_read_holds_up_nothing(directory: Path, workers: str) -> None:
+    change(directory, "workers = 1", f"workers = {workers}")
+    with service(directory) as server:
+        settings = directory / "downloadview.toml"
+        content = settings.read_text()
+        settings.unlink()
+        os.mkfifo(settings)  # to open it takes until somebody writes to it
+        os.kill(server.process.pid, signal.SIGHUP)
+        with settings.open("w") as file:
+            time.sleep(1)
+            assert get(server, "/files/a.txt")[0] == 200
+            file.write(content)
+        server.wait_for_log(IN_USE)
+        os.kill(server.process.pid, signal.SIGHUP)
+        time.sleep(1)  # longer than the service needs to begin
+        assert get(server, "/files/a.txt")[0] == 200
+        began = time.monotonic()
+        assert server.stop() == 0
+        assert time.monotonic() - began < 10
+
+
+@pytest.mark.parametrize("workers", WORKERS)
+def test_the_service_goes_on_when_its_current_directory_is_removed(directory: Path, workers: str) -> None:
+    """So it also does after anything else that nobody expects while the settings are read."""
+    change(directory, "workers = 1", f"workers = {workers}")
+    current, port = directory / "current", free_port()
+    current.mkdir()
+    for name in ("files", "downloadview.toml"):
+        (directory / name).rename(current / name)
+    command = [*COMMAND, "--config", "downloadview.toml", "--port", str(port)]
+    with serving(command, port, log=directory / "log", cwd=current) as server:
+        server.wait_for_log("Listening on ")
+        shutil.rmtree(current)
+        os.kill(server.process.pid, signal.SIGHUP)
+        server.wait_for_log("so the old ones stay: downloadview.toml: the current directory cannot be found")
+        assert get(server, "/-/livez")[0] == 200
+        assert server.stop() == 0
+    assert "Traceback" not in server.log
 
 
 def certificate(directory: Path, name: str) -> None:
