@@ -34,7 +34,7 @@ from downloadview_async.service.metrics import SharedDirectory
 from downloadview_async.service.pid_file import PidFile
 from downloadview_async.service.reload import Generation, Generations, needing_a_restart, warn_of_restart
 from downloadview_async.service.server import DownloadServer, config_for
-from downloadview_async.service.server_checks import check_certificate
+from downloadview_async.service.server_checks import blaming_certificate, check_certificate
 from downloadview_async.service.settings import Settings, Unavailable
 from downloadview_async.service.systemd import Notifier
 from downloadview_async.service.terminal import Terminal, is_in_foreground
@@ -107,6 +107,8 @@ class _WorkerServer(DownloadServer):
             when_draining=self._tell_that_it_leaves,
             when_ready=self._listen_to_parent,
         )
+        with blaming_certificate(settings):  # it may have been replaced since the parent has checked it
+            self.config.load()
         self._settings = settings
         self._application = application
         self._pipe = pipe

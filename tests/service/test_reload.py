@@ -305,6 +305,32 @@ def presented(server: Server) -> bytes:
         return shown
 
 
+@pytest.mark.parametrize("workers", WORKERS)
+def test_a_certificate_that_hangs_or_is_replaced_while_it_is_read_holds_up_nothing(
+    directory: Path, workers: str
+) -> None:
+    certificate(directory, "one")
+    keys = ("--ssl-certfile", "certificate.pem", "--ssl-keyfile", "key.pem")
+    with service(directory, "--workers", workers, *keys) as server:
+        file = directory / "certificate.pem"
+        before, content = presented(server), file.read_bytes()
+        file.unlink()
+        os.mkfifo(file)  # to open it takes until somebody writes to it
+        os.kill(server.process.pid, signal.SIGHUP)
+        time.sleep(1)
+        assert presented(server) == before
+        if workers == "1":
+            for written in (b"", content, b"", content, b"", b"half of it"):  # each time it is opened
+                if server.log.count("cannot be used"):
+                    break
+                with file.open("wb") as writer:
+                    writer.write(written)
+                time.sleep(0.2)
+            server.wait_for_log("server.ssl_certfile: the certificate and its key cannot be loaded")
+            assert presented(server) == before
+        assert server.stop() == 0
+
+
 def test_certificates_are_loaded_again(directory: Path) -> None:
     certificate(directory, "first.example")
     change(directory, "[server]", '[server]\nssl_certfile = "certificate.pem"\nssl_keyfile = "key.pem"')
