@@ -27,6 +27,9 @@ LogFormat = Literal["text", "json", "combined"]
 _ATOMIC = select.PIPE_BUF  # bytes that a pipe takes at once, so that lines of several processes do not mix
 _WRITABLE_SECONDS = 5.0  # that a pipe without a reader may take to be writable
 
+# Without a reader, a FIFO that is opened to be written to would block the thread for ever.
+_FLAGS = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NONBLOCK
+
 _PLAIN_PATH = re.compile(r"[A-Za-z0-9/._~-]*", re.ASCII)
 _PLAIN_WORD = re.compile(r"[!#-\[\]-~]+", re.ASCII)  # printable, without spaces, quotes and backslashes
 _NOT_PAGE = re.compile("(?<=//)[^/?#]*@|[?#].*", re.DOTALL)  # the password, the query and the fragment of a URL
@@ -94,7 +97,7 @@ class AccessLog:
         try:
             if self._descriptor >= 0 and self._is_current(self._path):
                 return
-            opened = os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o640)
+            opened = os.open(self._path, _FLAGS, 0o640)
         except OSError:
             if self._descriptor < 0:
                 raise

@@ -56,7 +56,13 @@ def load_settings(
     Raises `ConfigurationError`.
     """
     label = NO_FILE if file is None else os.fspath(file)
-    directory = Path.cwd() if file is None else Path(file).absolute().parent
+    try:
+        directory = Path.cwd() if file is None else Path(file).absolute().parent
+    except OSError as exc:
+        raise ConfigurationError(
+            f"{label}: the current directory cannot be found ({exc.strerror}), in which relative paths begin: start "
+            f"in a directory that exists"
+        ) from exc
     data = {} if file is None else _read(label)
     origins = _apply_variables(data, {**_credentials(environ), **environ})
     if options and isinstance(server := data.setdefault("server", {}), dict):  # another type is refused below

@@ -21,7 +21,7 @@ from downloadview_async.service.access import locating
 from downloadview_async.service.app import build
 from downloadview_async.service.logs import one_line
 from downloadview_async.service.server import DownloadServer
-from downloadview_async.service.server_checks import check_certificate
+from downloadview_async.service.server_checks import blaming_certificate, check_certificate
 from downloadview_async.service.settings import ServerSettings, Settings
 from downloadview_async.service.shutdown import EndsInTime
 
@@ -226,13 +226,15 @@ class Generations:
         old, settings = self._current, None
         try:
             settings = await anyio.to_thread.run_sync(self._load)
-            check_certificate(settings)
+            await anyio.to_thread.run_sync(check_certificate, settings)  # the disk may hang
             generation = await anyio.to_thread.run_sync(Generation, settings)
             problem = await generation.start()
             if problem is None:
                 try:
-                    check_certificate(settings)  # again, because it may have been replaced by now
-                    self._server.reconfigure(settings)
+                    # again, because it may have been replaced by now
+                    await anyio.to_thread.run_sync(check_certificate, settings)
+                    with blaming_certificate(settings):  # or even since then
+                        self._server.reconfigure(settings)
                 except BaseException:
                     await generation.end()
                     raise

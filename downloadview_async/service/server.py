@@ -52,6 +52,8 @@ _OF_NEW_CONNECTIONS = (
 )
 """The options that connections read from the `uvicorn.Config` when they begin, and the server at its end."""
 _RESET = struct.pack("ii", 1, 0)
+_OUT_OF_RESOURCES = "socket.accept() out of system resource"  # what asyncio says when it can accept no connection
+_SELDOM = 10.0  # seconds between two lines of the log that say so
 
 _logger = logging.getLogger("uvicorn.error")
 
@@ -117,6 +119,25 @@ def _is_listening(sock: socket.socket) -> bool:
         return sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN) != 0
     except OSError:  # it has been closed
         return False
+
+
+class _Reports:
+    """Reports what fails in an event loop, as the loop does.
+
+    asyncio tries to accept as many connections as may wait, each second, and reports each failure with its traceback.
+    That would fill the log, and take much of the time. Here it is one line now and then.
+    """
+
+    def __init__(self) -> None:
+        self._next = 0.0
+
+    def __call__(self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+        """Report a failure."""
+        if context.get("message") != _OUT_OF_RESOURCES:
+            loop.default_exception_handler(context)
+        elif loop.time() >= self._next:
+            self._next = loop.time() + _SELDOM
+            _logger.error("Connections cannot be accepted, and wait: %s", context.get("exception"))
 
 
 class DownloadServer(uvicorn.Server):
@@ -206,6 +227,7 @@ class DownloadServer(uvicorn.Server):
         """Start the application, and accept connections. Raises `Unavailable` if a socket cannot listen."""
         names = [_name_of(one) for one in sockets or []]
         problem: OSError | None = None
+        asyncio.get_running_loop().set_exception_handler(_Reports())
         try:
             await super().startup(sockets=sockets)
         except OSError as exc:

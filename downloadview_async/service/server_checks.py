@@ -1,11 +1,13 @@
 """Checks the address, the socket and the certificate in the settings before the server starts."""
 
+import contextlib
 import errno
 import os
 import re
 import socket
 import ssl
 import stat
+from collections.abc import Iterator
 
 from downloadview_async.service.settings import Settings, Unavailable
 
@@ -129,9 +131,16 @@ def check_certificate(settings: Settings) -> None:
                 f"server.{key}", f"{path!r} cannot be read ({exc.strerror}): give a file that this user may read"
             ) from exc
     password = server.ssl_keyfile_password or ""  # never None: OpenSSL would ask at the terminal
-    try:
+    with blaming_certificate(settings):
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         context.load_cert_chain(server.ssl_certfile, server.ssl_keyfile or None, password)
+
+
+@contextlib.contextmanager
+def blaming_certificate(settings: Settings) -> Iterator[None]:
+    """Raise `ConfigurationError` for the certificate if loading it fails."""
+    try:
+        yield
     except (OSError, ValueError) as exc:  # ValueError: a password that is too long
         reason = getattr(exc, "reason", None) or str(exc)
         raise settings.error(

@@ -11,6 +11,7 @@ start, the new ones end, and nothing has changed.
 
 import asyncio
 import contextlib
+import functools
 import json
 import logging
 import multiprocessing
@@ -33,7 +34,7 @@ from downloadview_async.service.metrics import SharedDirectory
 from downloadview_async.service.pid_file import PidFile
 from downloadview_async.service.reload import Generation, Generations, needing_a_restart, warn_of_restart
 from downloadview_async.service.server import DownloadServer, config_for
-from downloadview_async.service.server_checks import check_certificate
+from downloadview_async.service.server_checks import blaming_certificate, check_certificate
 from downloadview_async.service.settings import Settings, Unavailable
 from downloadview_async.service.systemd import Notifier
 from downloadview_async.service.terminal import Terminal, is_in_foreground
@@ -108,6 +109,8 @@ class _WorkerServer(DownloadServer):
             when_draining=self._tell_that_it_leaves,
             when_ready=self._listen_to_parent,
         )
+        with blaming_certificate(settings):  # it may have been replaced since the parent has checked it
+            self.config.load()
         self._settings = settings
         self._application = application
         self._pipe = pipe
@@ -277,6 +280,8 @@ class Workers:
         self._serves = False  # it has started, and can start workers
         self._began: int | None = None  # when the settings were read for `_next`
         self._wants_reload = False
+        self._reading: _Reading | None = None
+        self._wake: Callable[[], object] = lambda: None
         self._signals = signals
         self._kill_at: float | None = None  # the shutdown has begun, and this is its end
         self._start_at = 0.0
@@ -290,18 +295,25 @@ class Workers:
             for one in (woken, wakes):
                 one.setblocking(False)
             signal.set_wakeup_fd(wakes.fileno(), warn_on_full_buffer=False)
+            self._wake = functools.partial(_wake_by, wakes)
             for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
                 signal.signal(number, lambda number, _: self._signals.append(number))
             _logger.info("Started parent process [%d]", os.getpid())
-            self._start_next(self._settings)
-            while self._everyone or self._goes_on:
-                self._wait(woken)
-                self._handle_signals()
-                self._listen()
-                self._finish_reload()
-                self._keep_alive()
-                self._notifier.alive()
-            signal.set_wakeup_fd(-1)
+            try:
+                self._start_next(self._settings)
+                while self._everyone or self._goes_on:
+                    self._wait(woken)
+                    self._handle_signals()
+                    self._listen()
+                    self._finish_reload()
+                    self._keep_alive()
+                    self._notifier.alive()
+            except BaseException:
+                for worker in self._everyone:  # else they would serve on, and the interpreter would wait for them
+                    worker.pipe.close()
+                raise
+            finally:
+                signal.set_wakeup_fd(-1)
         _logger.info("Stopping parent process [%d]", os.getpid())
         return self._status
 
@@ -438,19 +450,21 @@ class Workers:
             self._retiring = []
             _logger.info("The settings have been read again, and are in use")
             self._answer(None)
-        if self._wants_reload and self._current and not self._next and not self._retiring:
+        if self._reading is not None and self._reading.is_done:
+            settings, problem = self._reading.settings, self._reading.problem
+            self._reading = None
+            if settings is None:
+                self._give_up(problem, WRONG_SETTINGS)
+            else:
+                self._start_next(settings)
+        is_reloading = self._reading is not None or self._next or self._retiring
+        if self._wants_reload and self._current and not is_reloading:
             self._wants_reload = False
             self._began = time.time_ns()
             self._notifier.reloading()
             if self._watch is not None:
                 self._watch.note()
-            try:
-                settings = self._load()
-                check_certificate(settings)
-            except ConfigurationError as exc:
-                self._give_up(one_line(str(exc)), WRONG_SETTINGS)
-            else:
-                self._start_next(settings)
+            self._reading = _Reading(self._load, self._wake)
 
     def _give_up(self, problem: str, status: int) -> None:
         """End the new workers, and go on with the old ones, if there are any."""
@@ -469,6 +483,43 @@ class Workers:
         assert self._began is not None
         self._notifier.reloaded(problem)
         self._pid_file.answer(self._began, problem)
+
+
+class _Reading:
+    """The settings while a thread reads them: the parent obeys signals even if the disk hangs.
+
+    wake: called when this is done. settings: None if they cannot be used; problem says why.
+    """
+
+    def __init__(self, load: Callable[[], Settings], wake: Callable[[], object]) -> None:
+        self.is_done = False
+        self.settings: Settings | None = None
+        self.problem = ""
+        self._load = load
+        self._wake = wake
+        try:
+            threading.Thread(target=self._read, daemon=True).start()
+        except RuntimeError as exc:  # there are too many threads
+            self.problem, self.is_done = one_line(str(exc)), True
+
+    def _read(self) -> None:
+        try:
+            settings = self._load()
+            check_certificate(settings)
+            self.settings = settings
+        except ConfigurationError as exc:
+            self.problem = one_line(str(exc))
+        except Exception as exc:  # a bug must not end the parent
+            _logger.exception("The settings cannot be read")
+            self.problem = one_line(f"{type(exc).__name__}: {exc}")
+        finally:
+            self.is_done = True
+            self._wake()
+
+
+def _wake_by(sock: socket.socket) -> None:
+    with contextlib.suppress(OSError):  # it is full, or the parent ends
+        sock.send(b"\0")
 
 
 class _Watch:

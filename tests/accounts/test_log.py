@@ -170,6 +170,22 @@ def _descriptors() -> list[str]:
     return [f"/proc/self/fd/{one}" for one in os.listdir("/proc/self/fd")]
 
 
+def test_a_fifo_without_a_reader_holds_nothing_up(tmp_path: Path) -> None:
+    path = tmp_path / "access.log"
+    log = AccessLog(path)
+    path.unlink()
+    os.mkfifo(path)
+    log(outcome())  # goes to the file that is open, as nobody would read it in the new one
+    reader = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    log(outcome())
+    assert os.read(reader, 4096).count(b"\n") == 1
+    os.close(reader)
+    with pytest.raises(BrokenPipeError):
+        log(outcome())
+    with pytest.raises(ConfigurationError, match="cannot be written"):
+        AccessLog(path)
+
+
 @pytest.mark.parametrize("is_pipe", [False, True])  # a pipe takes only 4,096 bytes at once
 def test_lines_of_several_writers_do_not_mix(tmp_path: Path, is_pipe: bool) -> None:
     file = tmp_path / "log"

@@ -1,10 +1,14 @@
 """A service that starts, or replaces a worker, with few file descriptors."""
 
+import contextlib
 import os
 import resource
 import signal
+import socket
 import subprocess
 import sys
+import time
+import urllib.request
 from pathlib import Path
 
 import pytest
@@ -57,3 +61,25 @@ def test_a_worker_that_cannot_start_is_one_line_and_is_replaced_later(tmp_path: 
         assert server.stop() == 0
         assert "Traceback" not in server.log
         assert "never awaited" not in server.log
+
+
+@pytest.mark.parametrize("loop", ["asyncio", "uvloop"])
+def test_connections_that_cannot_be_accepted_do_not_fill_the_log(tmp_path: Path, loop: str) -> None:
+    (tmp_path / "a.txt").write_text("a")
+    port = free_port()
+    command = [*COMMAND, str(tmp_path), "--port", str(port), "--loop", loop]
+    with serving(command, port, log=tmp_path / "log") as server, contextlib.ExitStack() as stack:
+        pid = server.process.pid
+        limits = resource.prlimit(pid, resource.RLIMIT_NOFILE)
+        resource.prlimit(pid, resource.RLIMIT_NOFILE, (len(os.listdir(f"/proc/{pid}/fd")) + 10, limits[1]))
+        for _ in range(60):
+            stack.enter_context(socket.create_connection(("127.0.0.1", port), timeout=30))
+        time.sleep(2.5)  # asyncio tries again each second
+        assert "Traceback" not in server.log
+        if loop == "asyncio":
+            assert server.log.count("Connections cannot be accepted, and wait: [Errno 24]") == 1
+        assert len(server.log) < 3000
+        stack.close()
+        resource.prlimit(pid, resource.RLIMIT_NOFILE, limits)
+        with urllib.request.urlopen(f"{server.url}/files/a.txt", timeout=30) as answer:
+            assert answer.read() == b"a"

@@ -1,15 +1,24 @@
 """The log of a running service: one line for each thing that it says, whatever clients and functions have in texts."""
 
+import contextlib
+import fcntl
+import logging
+import os
 import re
+import signal
 import socket
+import subprocess
 import sys
+import time
+import urllib.error
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from downloadview_async.http.log_text import LIMIT, escaped, shown
-from downloadview_async.service.logs import LONGEST, one_line
+from downloadview_async.service.logs import LONGEST, PatientHandler, one_line
 from tests.servers import Server, free_port, serving
 
 COMMAND = [sys.executable, "-m", "downloadview_async.cli", "serve"]
@@ -198,3 +207,51 @@ def test_what_the_library_shows_of_a_name() -> None:
     assert len(shown("é" * 60_000)) < LIMIT + 50
     assert re.fullmatch(r"'(\\xe9)+\\?x?e?[... 0-9a-z\[\]]+.*'", shown("é" * 60_000)) is not None
     assert "[... 239002 characters ...]" in shown("é" * 60_000)
+
+
+def test_lines_that_nobody_reads_wait_and_are_bounded() -> None:
+    reads, writes = os.pipe()
+    fcntl.fcntl(writes, fcntl.F_SETPIPE_SZ, 4096)
+    with open(reads, "rb", buffering=0) as reader, open(writes, "w", encoding="utf-8") as stream:
+        logger, handler = logging.Logger("test"), PatientHandler(stream)
+        logger.addHandler(handler)
+        for number in range(3000):
+            logger.info("%d %s", number, "x" * 1000)
+        received = b""
+        while b"were lost" not in received:
+            received += reader.read(65536)
+        *lines, last = received.decode().splitlines()
+        assert [int(line.partition(" ")[0]) for line in lines] == [*range(len(lines))]
+        assert last == f"{3000 - len(lines)} lines of the log were lost, because nobody has read it"
+        assert 1000 < len(lines) < 1100
+        logger.info("again")
+        handler.flush()
+        assert reader.read(100) == b"again\n"
+    logger.info("nobody can read this")  # and it raises no error
+
+
+@pytest.mark.parametrize("workers", ["1", pytest.param("2", marks=pytest.mark.slow)])
+def test_a_log_that_nobody_reads_holds_nothing_up(tmp_path: Path, workers: str) -> None:
+    (tmp_path / "a.txt").write_text("a")
+    port = free_port()
+    reads, writes = os.pipe()
+    command = [*COMMAND, str(tmp_path / "a.txt"), "--port", str(port), "--workers", workers]
+    with subprocess.Popen(command, stdout=writes, stderr=writes, stdin=subprocess.DEVNULL) as process:
+        os.close(writes)
+        with open(reads, "rb", buffering=0) as reader:
+            received = b""
+            while b"Listening on" not in received and (part := reader.read(4096)):
+                received += part
+            fcntl.fcntl(reads, fcntl.F_SETPIPE_SZ, 4096)
+            for _ in range(200):
+                with contextlib.suppress(urllib.error.HTTPError):
+                    urllib.request.urlopen(f"http://127.0.0.1:{port}/files/missing", timeout=10)
+            with urllib.request.urlopen(f"http://127.0.0.1:{port}/files/a.txt", timeout=10) as answer:
+                assert answer.read() == b"a"
+            began = time.monotonic()
+            process.send_signal(signal.SIGTERM)
+            try:
+                assert process.wait(20) == 0
+            finally:
+                process.kill()
+            assert time.monotonic() - began < 15

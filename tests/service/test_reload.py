@@ -7,6 +7,7 @@ import json
 import os
 import re
 import resource
+import shutil
 import signal
 import socket
 import ssl
@@ -239,6 +240,47 @@ def test_wrong_settings_change_nothing_and_say_why(sites: Sites, workers: str) -
     assert get(site.server, "/files/a.txt") == (200, b"other", None)
 
 
+@pytest.mark.parametrize("workers", WORKERS)
+def test_a_disk_that_hangs_while_settings_are_read_holds_up_nothing(directory: Path, workers: str) -> None:
+    change(directory, "workers = 1", f"workers = {workers}")
+    with service(directory) as server:
+        settings = directory / "downloadview.toml"
+        content = settings.read_text()
+        settings.unlink()
+        os.mkfifo(settings)  # to open it takes until somebody writes to it
+        os.kill(server.process.pid, signal.SIGHUP)
+        with settings.open("w") as file:
+            time.sleep(1)
+            assert get(server, "/files/a.txt")[0] == 200
+            file.write(content)
+        server.wait_for_log(IN_USE)
+        os.kill(server.process.pid, signal.SIGHUP)
+        time.sleep(1)  # longer than the service needs to begin
+        assert get(server, "/files/a.txt")[0] == 200
+        began = time.monotonic()
+        assert server.stop() == 0
+        assert time.monotonic() - began < 10
+
+
+@pytest.mark.parametrize("workers", WORKERS)
+def test_the_service_goes_on_when_its_current_directory_is_removed(directory: Path, workers: str) -> None:
+    """So it also does after anything else that nobody expects while the settings are read."""
+    change(directory, "workers = 1", f"workers = {workers}")
+    current, port = directory / "current", free_port()
+    current.mkdir()
+    for name in ("files", "downloadview.toml"):
+        (directory / name).rename(current / name)
+    command = [*COMMAND, "--config", "downloadview.toml", "--port", str(port)]
+    with serving(command, port, log=directory / "log", cwd=current) as server:
+        server.wait_for_log("Listening on ")
+        shutil.rmtree(current)
+        os.kill(server.process.pid, signal.SIGHUP)
+        server.wait_for_log("so the old ones stay: downloadview.toml: the current directory cannot be found")
+        assert get(server, "/-/livez")[0] == 200
+        assert server.stop() == 0
+    assert "Traceback" not in server.log
+
+
 def certificate(directory: Path, name: str) -> None:
     subprocess.run(
         [
@@ -261,6 +303,32 @@ def presented(server: Server) -> bytes:
         shown = client.getpeercert(binary_form=True)
         assert shown is not None
         return shown
+
+
+@pytest.mark.parametrize("workers", WORKERS)
+def test_a_certificate_that_hangs_or_is_replaced_while_it_is_read_holds_up_nothing(
+    directory: Path, workers: str
+) -> None:
+    certificate(directory, "one")
+    keys = ("--ssl-certfile", "certificate.pem", "--ssl-keyfile", "key.pem")
+    with service(directory, "--workers", workers, *keys) as server:
+        file = directory / "certificate.pem"
+        before, content = presented(server), file.read_bytes()
+        file.unlink()
+        os.mkfifo(file)  # to open it takes until somebody writes to it
+        os.kill(server.process.pid, signal.SIGHUP)
+        time.sleep(1)
+        assert presented(server) == before
+        if workers == "1":
+            for written in (b"", content, b"", content, b"", b"half of it"):  # each time it is opened
+                if server.log.count("cannot be used"):
+                    break
+                with file.open("wb") as writer:
+                    writer.write(written)
+                time.sleep(0.2)
+            server.wait_for_log("server.ssl_certfile: the certificate and its key cannot be loaded")
+            assert presented(server) == before
+        assert server.stop() == 0
 
 
 def test_certificates_are_loaded_again(directory: Path) -> None:
