@@ -81,7 +81,6 @@ def work(
     try:
         check_descriptors()
         server = _WorkerServer(settings, pipe, are_inherited, watches)
-        check_certificate(settings)  # it may have been replaced since the parent has looked
         try:
             server.run(sockets)
         finally:

@@ -34,6 +34,13 @@ STUCK_DISK = 0.8
 """Seconds in which one of the calls to a disk has to end. If none does, and all workers are in use, the disk hangs."""
 
 
+HUNG_CALL = 10.0
+"""Seconds that a call to a disk may take before an answer has begun. Then the disk hangs, for that file at least."""
+
+HUNG_FOLDER = 60.0
+"""The same for a call that may describe a thousand files."""
+
+
 class Slots:
     """At most `limit` holders at once. A caller that gets no slot within `patience` seconds is turned away.
 
@@ -178,19 +185,24 @@ class Workers:
         *args: *Ts,
         discard: Callable[[T], object] = lambda result: None,
         patience: float | None = None,
+        longest: float = math.inf,
     ) -> T:
         """Like `run`, but a cancelled caller leaves at once.
 
         The worker stays in use until the call ends, and `discard` gets its result.
+
+        longest: seconds that the call may take. After that, the caller gets `SourceUnavailable`.
         """
         with await self.slots.take(patience=patience) as slot:
             call = _Call(function, args, discard)
-            try:
-                await anyio.to_thread.run_sync(call.work, limiter=unlimited(), abandon_on_cancel=True)
-            except anyio.get_cancelled_exc_class():
-                call.abandon(slot)
-                raise
-            return call.results[0]
+            with anyio.move_on_after(longest):
+                try:
+                    await anyio.to_thread.run_sync(call.work, limiter=unlimited(), abandon_on_cancel=True)
+                except anyio.get_cancelled_exc_class():
+                    call.abandon(slot)
+                    raise
+                return call.results[0]
+            raise SourceUnavailable(f"the disk has not answered for {longest:g} seconds: look at what it waits for")
 
 
 class _Call(Generic[T]):

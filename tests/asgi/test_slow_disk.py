@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from downloadview_async.sources.workers import HUNG_CALL
 from tests.live import Answer, ask, parse
 from tests.servers import Server, free_port, serving
 from tests.slow_fs import DELAY, SlowDisk, content_of, mounted, why_not
@@ -277,6 +278,29 @@ async def test_a_hung_root_takes_its_own_workers_and_no_others(tmp_path: Path, h
                 assert (await ask(port, "/hung/small")).status == 503
             hung.release()
         assert (await ask(port, "/hung/big")).body == content_of("big", BIG)
+
+
+@pytest.mark.slow
+@pytest.mark.asyncio
+@pytest.mark.parametrize("operation", ["lookup", "open", "getattr", "read"])
+@pytest.mark.parametrize("how", QUICK_FOR_ONE)
+async def test_a_request_for_a_file_that_hangs_gets_an_answer(tmp_path: Path, how: str, operation: str) -> None:
+    disk = SlowDisk(FILES, direct=True)
+    with server_on({"slow": disk}, tmp_path, how) as server:
+        assert isinstance(server.address, int)
+        disk.hang(operation)
+        began = time.monotonic()
+        names = ("small",) if operation == "read" else ("small", "big", "big-1")  # the head of a large file has left
+        answers = await asyncio.gather(*(ask(server.address, f"/slow/{name}") for name in names))
+        assert {answer.status for answer in answers} == {503}, log(server)
+        assert HUNG_CALL <= time.monotonic() - began < HUNG_CALL + PATIENCE
+        assert disk.held(operation)
+        disk.release()
+        assert (await ask(server.address, "/slow/big")).body == content_of("big", BIG)
+        async with asyncio.timeout(PATIENCE):
+            while descriptors(server, tmp_path / "slow"):
+                await asyncio.sleep(0.01)
+    assert "Traceback" not in log(server)
 
 
 @pytest.mark.slow

@@ -18,7 +18,8 @@ from pathlib import Path
 import pytest
 
 from downloadview_async.http.log_text import LIMIT, escaped, shown
-from downloadview_async.service.logs import LONGEST, PatientHandler, one_line
+from downloadview_async.service.logs import LONGEST, one_line
+from downloadview_async.service.patient_handler import PatientHandler
 from tests.servers import Server, free_port, serving
 
 COMMAND = [sys.executable, "-m", "downloadview_async.cli", "serve"]

@@ -1,6 +1,7 @@
 """`OpenLocalFile`: a regular file on a local disk, described and read through one descriptor."""
 
 import errno
+import math
 import os
 import threading
 import time
@@ -24,7 +25,7 @@ from downloadview_async.http.request import DownloadRequest
 from downloadview_async.sources.base import AsyncFile, OpenFile, OpenLocalBytes
 from downloadview_async.sources.local.refused_calls import Refusals
 from downloadview_async.sources.local.root import Validators
-from downloadview_async.sources.workers import MID_TRANSFER, Workers, unlimited
+from downloadview_async.sources.workers import HUNG_CALL, MID_TRANSFER, Workers, unlimited
 
 CHUNK_SIZE = 256 * 1024
 """Bytes read, and sent, at a time."""
@@ -267,13 +268,15 @@ class OpenLocalFile:
         """Yield the bytes of the span: from the page cache directly, from the disk through a worker."""
         assert self.metadata.size is not None
         position, stop = (span.start, span.stop) if span is not None else (0, self.metadata.size)
-        patience = None  # until the first byte has been sent, the answer can still become an error
+        patience, longest = None, HUNG_CALL  # until the first byte has been sent, the answer can still become an error
         while position < stop:
             length = min(CHUNK_SIZE, stop - position)
             try:
                 chunk = self._cached(length, position)
                 if chunk is None:
-                    chunk = await self.workers.run_or_abandon(self._pread, length, position, stop, patience=patience)
+                    chunk = await self.workers.run_or_abandon(
+                        self._pread, length, position, stop, patience=patience, longest=longest
+                    )
                 elif self.is_rewritten(is_last=position + len(chunk) == stop):
                     raise OSError(errno.ESTALE, REWRITTEN)
             except (OSError, SourceUnavailable) as exc:
@@ -281,7 +284,7 @@ class OpenLocalFile:
             if not chunk:
                 return  # the file has shrunk; the sender counts the bytes and aborts
             position += len(chunk)
-            patience = MID_TRANSFER
+            patience, longest = MID_TRANSFER, math.inf
             yield chunk
 
     def _pread(self, length: int, position: int, stop: int) -> bytes:
