@@ -3,6 +3,7 @@
 import json
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -61,6 +62,21 @@ def test_whatever_call_fails_the_answers_are_right_or_say_so_and_nothing_is_left
     assert running.threads() <= threads + 3  # of the shared pool, which ends its idle threads later
     assert "Traceback" not in running.server.log
     assert running.server.log.count("sendfile is refused") == running.server.log.count("preadv2 with") == 1
+
+
+@pytest.mark.parametrize("name, urls", [("folder", ["folder/", "folder/?archive=zip"]), ("small.txt", ["small.txt"])])
+def test_an_error_at_the_close_of_what_was_only_read_is_no_harm(tmp_path: Path, name: str, urls: list[str]) -> None:
+    if (missing := why_not()) is not None:
+        pytest.skip(missing)
+    with upstream() as port, site(tmp_path, port) as running:
+        for url in urls:
+            with injected(running.pid, "close:error=EIO", path=str(tmp_path / "files" / name)) as calls:
+                answer = running.get(f"/path/{url}")
+                eventually(lambda: "INJECTED" in calls.read_text(), calls.read_text)
+            assert answer is not None
+            assert (answer.status, answer.complete) == (200, True), (url, running.server.log)
+        assert running.round() == RIGHT
+        assert "Traceback" not in running.server.log
 
 
 @pytest.mark.parametrize("kind", ["path", "storage"])

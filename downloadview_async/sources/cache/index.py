@@ -32,7 +32,7 @@ from downloadview_async.sources.cache.freshness import is_failure, is_withdrawal
 from downloadview_async.sources.cache.purges import Position, Purge
 from downloadview_async.sources.local.open_file import OpenLocalFile
 from downloadview_async.sources.local.open_file_cache import OpenFileCache
-from downloadview_async.sources.local.root import Opened
+from downloadview_async.sources.local.root import Opened, close_unwritten
 from downloadview_async.sources.workers import STUCK_DISK, Workers
 
 if TYPE_CHECKING:
@@ -550,7 +550,7 @@ class Cache:
 
 
 def _close(opened: Opened) -> None:
-    os.close(opened.descriptor)
+    close_unwritten(opened.descriptor)
 
 
 def _accept(local: OpenLocalFile, kept: Kept) -> bool:

@@ -18,7 +18,7 @@ from downloadview_async.errors import AccessDenied, FileError, FileMissing
 from downloadview_async.http.metadata import FileMetadata
 from downloadview_async.sources.listing import DescribedEntry, Entry, Version
 from downloadview_async.sources.local.open_file import metadata_of, version_of
-from downloadview_async.sources.local.root import Root, Validators, file_error
+from downloadview_async.sources.local.root import Root, Validators, close_unwritten, file_error
 from downloadview_async.sources.names import canonical_folder, entries_check, entry_check
 from downloadview_async.sources.workers import HUNG_FOLDER, MID_TRANSFER, Workers
 
@@ -136,7 +136,7 @@ class FolderReader:
         try:
             self._items = os.scandir(self._descriptor)  # it reads a duplicate of the descriptor
         except OSError as exc:
-            os.close(self._descriptor)
+            close_unwritten(self._descriptor)
             raise file_error(exc) from exc
         self.has_ended = False
         """Whether the last call of a method that reads has got the last items."""
@@ -212,7 +212,7 @@ class FolderReader:
                 if not self._is_closed:
                     self._is_closed = True
                     self._items.close()
-                    os.close(self._descriptor)
+                    close_unwritten(self._descriptor)
             finally:
                 self._in_use.release()
 

@@ -24,7 +24,7 @@ from downloadview_async.http.metadata import (
 from downloadview_async.http.request import DownloadRequest
 from downloadview_async.sources.base import AsyncFile, OpenFile, OpenLocalBytes
 from downloadview_async.sources.local.refused_calls import Refusals
-from downloadview_async.sources.local.root import Validators
+from downloadview_async.sources.local.root import Validators, close_unwritten
 from downloadview_async.sources.workers import HUNG_CALL, MID_TRANSFER, Workers, unlimited
 
 CHUNK_SIZE = 256 * 1024
@@ -181,10 +181,7 @@ class OpenLocalFile:
         self._users -= 1
         if self._users:
             return
-        try:
-            os.close(self.descriptor)
-        except OSError:  # the descriptor is closed in any case, and nothing was written
-            return
+        close_unwritten(self.descriptor)
 
     async def aclose(self) -> None:
         """Close the descriptor, in a thread if that may wait."""

@@ -24,7 +24,15 @@ from downloadview_async.sources.local.folder import (
 )
 from downloadview_async.sources.local.open_file import OpenLocalFile, tag_time
 from downloadview_async.sources.local.open_file_cache import OpenFileCache
-from downloadview_async.sources.local.root import Opened, Root, Symlinks, Validators, file_error, open_trusted
+from downloadview_async.sources.local.root import (
+    Opened,
+    Root,
+    Symlinks,
+    Validators,
+    close_unwritten,
+    file_error,
+    open_trusted,
+)
 from downloadview_async.sources.names import Names, canonical_name
 from downloadview_async.sources.workers import HUNG_CALL, STUCK_DISK, Slots, Workers
 
@@ -311,4 +319,4 @@ def _newer(sibling: Opened, encoding: str, itself: Opened) -> tuple[Opened, str 
 
 
 def _close(opened: Opened) -> None:
-    os.close(opened.descriptor)
+    close_unwritten(opened.descriptor)

@@ -200,7 +200,7 @@ class Root:
                 return descriptor, status
         except OSError:  # whatever opens the file in another way will get this error, too
             pass
-        os.close(descriptor)
+        close_unwritten(descriptor)
         return None
 
     def open_nowait(self, name: str) -> Opened | None:
@@ -218,7 +218,7 @@ class Root:
             raise self._error(exc) from exc
         opened = _only_regular(descriptor, quick=True, settled=False)
         if self.settles and unsettled_seconds(opened.status.st_mtime_ns, time.time_ns()):
-            os.close(descriptor)
+            close_unwritten(descriptor)
             return None
         return opened
 
@@ -243,7 +243,7 @@ class Root:
             try:
                 os.stat(".", dir_fd=descriptor)  # fails if its names can be read, but nothing in it can be opened
             except OSError:
-                os.close(descriptor)
+                close_unwritten(descriptor)
                 raise
         except OSError as exc:
             raise file_error(exc) from exc
@@ -260,7 +260,7 @@ class Root:
         except OSError as exc:
             raise file_error(exc) from exc
         finally:
-            os.close(descriptor)
+            close_unwritten(descriptor)
 
     def _open(self, name: str, flags: int) -> int:
         segments = checked_segments(name, self.names)
@@ -310,7 +310,7 @@ class Root:
                 if segment == "..":  # only a link can have brought it
                     if len(trail) == 1:
                         raise OSError(errno.EXDEV, "a link leads out of the root", segment)
-                    os.close(trail.pop())
+                    close_unwritten(trail.pop())
                 elif (target := _read_link(segment, trail[-1])) is not None:
                     links += 1
                     if self.symlinks == "deny" or links > _MAX_LINKS:
@@ -326,7 +326,15 @@ class Root:
                     return os.open(".", flags, dir_fd=trail[-1])
         finally:
             for descriptor in trail:
-                os.close(descriptor)
+                close_unwritten(descriptor)
+
+
+def close_unwritten(descriptor: int) -> None:
+    """Close a descriptor by which nothing was written. It is closed in any case, so an error such as EIO is no harm."""
+    try:
+        os.close(descriptor)
+    except OSError:
+        return
 
 
 def open_trusted(path: str) -> Opened:
@@ -370,10 +378,10 @@ def _only_regular(descriptor: int, *, quick: bool | None = None, settled: bool =
         if not stat.S_ISREG(status.st_mode):
             raise FileMissing("not a regular file")
     except OSError as exc:
-        os.close(descriptor)
+        close_unwritten(descriptor)
         raise file_error(exc) from exc
     except BaseException:
-        os.close(descriptor)
+        close_unwritten(descriptor)
         raise
     return Opened(descriptor, status, _is_quick(descriptor) if quick is None else quick)
 
