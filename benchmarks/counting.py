@@ -242,10 +242,13 @@ def _record_kept_answers() -> Callable[[], list[Count]]:
     from downloadview_async.asgi.server import DownloadProtocol
     from downloadview_async.service.reload import Generation
 
-    calls = kept = 0
+    calls = kept = heads = 0
     hits: list[float] = []
     answered: list[float] = []
+    known: list[float] = []
+    parsed: list[float] = []
     keep, give, answer = KeptAnswers.keep, DownloadProtocol._has_given_again, Generation.app
+    give_known, receive = DownloadProtocol._has_answered_known, DownloadProtocol.data_received
 
     def keep_counted(answers: KeptAnswers, *args: Any) -> None:
         nonlocal kept
@@ -261,6 +264,21 @@ def _record_kept_answers() -> Callable[[], list[Count]]:
             hits.append(time.thread_time() - start)
         return is_hit
 
+    def give_known_counted(connection: DownloadProtocol, data: bytes) -> bool:
+        nonlocal heads
+        heads += 1
+        start = time.thread_time()
+        is_hit = give_known(connection, data)
+        if is_hit:
+            known.append(time.thread_time() - start)
+        return is_hit
+
+    def receive_counted(connection: DownloadProtocol, data: bytes) -> None:
+        before, start = (len(hits), len(known)), time.thread_time()
+        receive(connection, data)
+        if (len(hits), len(known)) == (before[0] + 1, before[1]):
+            parsed.append(time.thread_time() - start)
+
     async def answer_counted(generation: Generation, *args: Any) -> None:
         before, start = kept, time.thread_time()
         await answer(generation, *args)
@@ -269,13 +287,19 @@ def _record_kept_answers() -> Callable[[], list[Count]]:
 
     KeptAnswers.keep = keep_counted  # type: ignore[method-assign, assignment]
     DownloadProtocol._has_given_again = give_counted  # type: ignore[method-assign, assignment]
+    DownloadProtocol._has_answered_known = give_known_counted  # type: ignore[method-assign]
+    DownloadProtocol.data_received = receive_counted  # type: ignore[method-assign, assignment]
     Generation.app = answer_counted  # type: ignore[method-assign, assignment]
 
     def counts() -> list[Count]:
         if not (hits and answered):
             return []
         name, direct, hit = "asgi.kept_answers.KeptAnswers", median(answered), median(hits)
-        return [Count(cache=name, calls=calls, hits=len(hits), direct=direct, hit=hit, miss=direct)]
+        counts = [Count(cache=name, calls=calls, hits=len(hits), direct=direct, hit=hit, miss=direct)]
+        if known and parsed:  # a hit is all that the server does, "without" is that of a head that is parsed
+            name, direct, hit = f"{name}.known_head", median(parsed), median(known)
+            counts.append(Count(cache=name, calls=heads, hits=len(known), direct=direct, hit=hit, miss=direct))
+        return counts
 
     return counts
 

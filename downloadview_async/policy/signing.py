@@ -90,6 +90,11 @@ class URLSigner:
         """
         return self._counts if self._store is None else {**self._counts, **self._store.counts}
 
+    async def aclose(self) -> None:
+        """Close the connections of the store in the running event loop, at the end of the application."""
+        if self._store is not None:
+            await self._store.aclose()
+
     def sign(
         self,
         path: str,

@@ -58,8 +58,10 @@ def store_of(settings: Settings) -> GrantStore | None:
 
 
 @asynccontextmanager
-async def opened_store(settings: Settings, store: GrantStore | None) -> AsyncIterator[None]:
-    """Ask the store once, and close it at the end.
+async def opened_store(
+    settings: Settings, store: GrantStore | None, signer: URLSigner | None = None
+) -> AsyncIterator[None]:
+    """Ask the store once, and close it at the end. signer: the one that uses the store, if requests are answered.
 
     Raises `ConfigurationError` if it can never be used, and its subclass `Unavailable` if it does not answer, unless
     requests are allowed then.
@@ -87,7 +89,7 @@ async def opened_store(settings: Settings, store: GrantStore | None) -> AsyncIte
         yield
     finally:
         with anyio.CancelScope(shield=True):
-            await store.aclose()
+            await (signer or store).aclose()
 
 
 def begin_store(settings: Settings) -> None:

@@ -129,7 +129,7 @@ def build(settings: Settings) -> Service:
             for cache in caches.values():
                 stack.push_async_callback(cache.aclose)
             await stack.enter_async_context(opened_databases(settings, databases))
-            await stack.enter_async_context(opened_store(settings, store))
+            await stack.enter_async_context(opened_store(settings, store, signer))
             await stack.enter_async_context(opened_limits(settings, limits))
             await stack.enter_async_context(opened_completions(settings, completions))
             for known in digests.values():

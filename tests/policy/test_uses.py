@@ -2,9 +2,13 @@
 
 import asyncio
 import logging
+import sqlite3
+import threading
 import time
 from collections.abc import Sequence
+from contextlib import closing
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import anyio
@@ -278,3 +282,23 @@ async def test_what_was_sent_while_the_store_was_gone_is_noted_later(when_store_
     with anyio.fail_after(30):
         while await is_claimed(one, link):  # the same client, whose download is complete
             await asyncio.sleep(0.05)
+
+
+@pytest.mark.asyncio
+async def test_what_is_noted_after_the_end_of_the_application_leaves_no_connection(tmp_path: Path) -> None:
+    """A reload closes the store of the old settings, which may have failed to note the end of a download."""
+    before = threading.enumerate()
+    store = dv.SQLiteGrantStore(tmp_path / "links.db")
+    one = signer(store, store_timeout=0.2)
+    use = await use_of(one, one.sign("/a", uses=1))
+    await use.claim(FILE, wants_all=True)
+    with closing(sqlite3.connect(tmp_path / "links.db", isolation_level=None)) as other:
+        other.execute("BEGIN EXCLUSIVE")
+        await use.note(ByteRange(0, 10), is_whole=True)
+        await one.aclose()
+        other.execute("ROLLBACK")
+        async with asyncio.timeout(30):
+            while "0-10" not in str(other.execute("SELECT * FROM sessions").fetchall()):
+                await asyncio.sleep(0.05)
+            while [thread for thread in threading.enumerate() if thread not in before]:
+                await asyncio.sleep(0.05)

@@ -5,6 +5,7 @@ import logging
 import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
+from contextlib import suppress
 from typing import Any, Literal, TypeVar
 
 import anyio
@@ -47,6 +48,7 @@ class GuardedStore:
         """The notes that this process is writing now, by the session."""
         self._owed: deque[tuple[DownloadSession, ByteRange, int]] = deque(maxlen=_MOST_OWED)
         self._paying: asyncio.Task[None] | None = None
+        self._is_closed = False
 
     @property
     def redis(self) -> RedisGrantStore | None:
@@ -108,8 +110,16 @@ class GuardedStore:
             if self._paying is None or self._paying.get_loop() is not asyncio.get_running_loop():
                 self._paying = asyncio.create_task(self._note_owed())
 
+    async def aclose(self) -> None:
+        """Close the connections of the store in the running event loop. What it does not have yet is noted later."""
+        self._is_closed = True
+        await self._store.aclose()
+
     async def _note_owed(self) -> None:
-        """Note what the store does not have as soon as it answers again, so that its sessions end."""
+        """Note what the store does not have as soon as it answers again, so that its sessions end.
+
+        If the store has been closed meanwhile, as after a reload, nobody else closes what this opens.
+        """
         while self._owed:
             await asyncio.sleep(_NOTED_EVERY)
             while self._owed:
@@ -121,6 +131,9 @@ class GuardedStore:
                     break
                 if self._owed and self._owed[0] is note:
                     self._owed.popleft()
+            if self._is_closed:
+                with suppress(Exception):
+                    await self._store.aclose()
         self._paying = None
 
     async def revoke(self, identifier: str, until: float | None) -> None:
