@@ -287,7 +287,7 @@ def _record_kept_answers() -> Callable[[], list[Count]]:
 
     KeptAnswers.keep = keep_counted  # type: ignore[method-assign, assignment]
     DownloadProtocol._has_given_again = give_counted  # type: ignore[method-assign, assignment]
-    DownloadProtocol._has_answered_known = give_known_counted  # type: ignore[method-assign]
+    DownloadProtocol._has_answered_known = give_known_counted  # type: ignore[method-assign, assignment]
     DownloadProtocol.data_received = receive_counted  # type: ignore[method-assign, assignment]
     Generation.app = answer_counted  # type: ignore[method-assign, assignment]
 
