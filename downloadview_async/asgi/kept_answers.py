@@ -1,9 +1,10 @@
 """`KeptAnswers`: answers to plain requests for files, which a server gives again without calling the application.
 
 If the target of a GET and the file decide an answer alone, `Download` has it kept here, and the next GET of that target
-gets it from `DownloadProtocol` at once: there is no task, no scope for the application, no routing and no decision. But
-the file is described by its name each time, and its bytes are read. If it has changed, cannot be read without waiting,
-or is missing, the application answers as if nothing had been kept. Each answer has its `Outcome`, too.
+gets it from `DownloadProtocol` at once: there is no task, no scope for the application, no routing and no decision. If
+the kernel sends the file, there is a task, and the answer takes the place of the application. In any case, the file is
+described by its name each time, and its bytes are read. If it has changed, cannot be read without waiting, or is
+missing, the application answers as if nothing had been kept. Each answer has its `Outcome`, too.
 
 A request may get a kept answer only if it has none of the fields in `DECIDING`. An answer may be kept only if access,
 limits, counts, a query, digests, and middleware of an application have no part in it. `downloadview serve` knows all
