@@ -1,6 +1,6 @@
 """Files that are written to in place, cut or replaced while they are sent: no complete body has bytes of two versions.
 
-FAULT_ROUNDS is the number of downloads in each case: FAULT_ROUNDS=1000 takes an hour.
+FAULT_ROUNDS is the number of downloads in each case: FAULT_ROUNDS=1000 with `--timeout 0` takes an hour.
 """
 
 import asyncio
