@@ -330,7 +330,7 @@ class Root:
 
 
 def close_unwritten(descriptor: int) -> None:
-    """Close a descriptor by which nothing was written. It is closed in any case, so an error such as EIO does not matter."""
+    """Close a descriptor by which nothing was written. It is closed in any case, whatever error this gives."""
     try:
         os.close(descriptor)
     except OSError:
