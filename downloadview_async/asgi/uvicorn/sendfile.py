@@ -1,9 +1,9 @@
 """Path sends: the kernel sends an open file to the client's socket, one window after another.
 
 `sendfile` gives the kernel the pages of the file, not a copy of them. If the file is written to before the client has
-taken them, the client gets the new bytes. So if somebody may be writing to the file, the last bytes of an answer are
-copied, as many as the kernel holds at most. When the very last ones leave, the client has taken all pages. The file is
-looked at once more then, and if it has changed, the answer stays incomplete.
+taken them, the client gets the new bytes. On the same machine, they stay in the queue of the client after its kernel,
+which is ours, has acknowledged them. So if somebody may be writing to the file, it is copied, and looked at between
+each copy and its sending. If it has changed, the answer stays incomplete.
 """
 
 import asyncio
@@ -19,9 +19,9 @@ from starlette.types import Message
 from downloadview_async.asgi.loan import Batches, Lendable, LentFile
 from downloadview_async.asgi.transfer import chunks_of, exactly
 from downloadview_async.asgi.uvicorn.room import Waiting, begin_to_wait, end_wait
-from downloadview_async.asgi.uvicorn.sockets import has_hung_up, queue_limit, socket_number, untaken_bytes
+from downloadview_async.asgi.uvicorn.sockets import socket_number
 from downloadview_async.asgi.uvicorn.turns import turn
-from downloadview_async.asgi.uvicorn.watchdog import Watched, start_watching, stop_watching
+from downloadview_async.asgi.uvicorn.watchdog import Watched
 from downloadview_async.errors import FileError, TransferAborted
 from downloadview_async.http.metadata import ByteRange
 from downloadview_async.sources.base import Piece
@@ -36,8 +36,6 @@ _TURN = 8 * _WINDOW  # bytes of pages that are sent in one turn, in one or more 
 # The transport then waits for the client. Where `sendfile` goes on answering EAGAIN although the transport sends all,
 # they double each time.
 _FEW = 128
-
-_FIRST_LOOK, _LAST_LOOK = 0.005, 1.0  # seconds: how often it is asked whether the client has taken all pages
 
 _FULL = -1
 
@@ -108,8 +106,7 @@ async def send_file(connection: Sending, cycle: Answer, message: Message) -> Non
     source = None if isinstance(body, OpenLocalFile) else body
     promised = given = 0
     in_turn = _TURN - _WINDOW  # bytes since the last turn: a new answer waits for its turn after one window
-    pages_end = 0  # up to where `sendfile` has sent pages
-    is_copying = is_full = has_waited = False  # is_full: whether the kernel has no room
+    is_full = has_waited = False  # is_full: whether the kernel has no room
     chunk: memoryview | bytes | None = None
     connection.file_sent = 0
     few, window = _FEW, _WINDOW
@@ -190,15 +187,9 @@ async def send_file(connection: Sending, cycle: Answer, message: Message) -> Non
                     has_waited = True
                     continue
                 length, by_transport = min(count, window, max(_WINDOW, _TURN - in_turn)), 0
-                if is_copying or (file.is_quick and file.is_recent()):  # else it is not looked at again
-                    length = min(length, _WINDOW)
-                    is_copying = is_copying or promised - given <= max(_WINDOW, queue_limit(connection))
                 chunk = None
-                if is_copying:
-                    if pages_end and given + length == promised and untaken_bytes(connection) > given - pages_end:
-                        await _pages_are_taken(connection, given - pages_end)
-                        in_turn = 0
-                        continue
+                if file.is_quick and file.is_recent():  # else it is not looked at again
+                    length = min(length, _WINDOW)
                     chunk = file.view_nowait(length, offset) or await file.read(ByteRange(offset, offset + length))
                     _check(file, is_last=given + len(chunk) == promised)
                 elif not is_new:
@@ -230,7 +221,6 @@ async def send_file(connection: Sending, cycle: Answer, message: Message) -> Non
                         elif chunk is not None:
                             is_full = sent < len(chunk)
                         else:
-                            pages_end = given + sent
                             is_full = sent < length
                             window = max(_WINDOW, min(2 * sent, _TURN))
                 except ConnectionError:
@@ -348,21 +338,6 @@ def _check(file: OpenLocalFile, *, is_last: bool) -> None:
     """Raise `TransferAborted` if the bytes that were read, and those that are about to be sent, are of two versions."""
     if file.is_rewritten(is_last=is_last):
         raise TransferAborted(REWRITTEN, reason="file-changed")
-
-
-async def _pages_are_taken(connection: Sending, copied: int) -> None:
-    """Wait until the client has taken everything but the last `copied` bytes, or the connection is lost."""
-    start_watching(connection)
-    pause = _FIRST_LOOK
-    try:
-        while not connection.is_lost and untaken_bytes(connection) > copied:
-            if has_hung_up(connection):
-                await _abort(connection)
-                return
-            await asyncio.wait([flush(connection)], timeout=pause)  # ends early if the connection is lost
-            pause = min(1.5 * pause, _LAST_LOOK)  # thousands of clients may take nothing
-    finally:
-        stop_watching(connection)
 
 
 async def _abort(connection: Sending) -> None:

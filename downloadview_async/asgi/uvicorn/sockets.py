@@ -85,20 +85,6 @@ def queued(number: int) -> int:
         return 0
 
 
-def queue_limit(connection: Connection) -> int:
-    """Return how many bytes the kernel holds for the client at most; 0 if it does not tell."""
-    try:
-        sock = socket.socket(socket.AF_INET, socket.SOCK_STREAM, 0, socket_number(connection))
-    except OSError:
-        return 0
-    try:
-        return sock.getsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF)
-    except OSError:
-        return 0
-    finally:
-        sock.detach()  # the number belongs to another object
-
-
 def acknowledged_bytes(connection: Connection) -> int:
     """Return how many bytes the client's machine has acknowledged on this connection; 0 if the kernel does not tell."""
     try:
