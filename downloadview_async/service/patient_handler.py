@@ -12,6 +12,11 @@ from typing import TextIO
 
 _MOST_KEPT = 1 << 20  # bytes of lines that wait until somebody reads the log
 _LAST_SECONDS = 0.3  # in which they may still be written when the process ends
+_PAUSE = 0.05  # seconds before a line is tried again whose next byte a terminal had no room for
+
+# A terminal may have room for less than a line, and another process may fill a pipe that had room: a write would wait.
+# The flag belongs to what is opened, which other processes share. So the terminal or pipe is opened again.
+_NOWAIT = os.O_WRONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
 
 
 class PatientHandler(logging.StreamHandler[TextIO]):
@@ -65,7 +70,10 @@ class PatientHandler(logging.StreamHandler[TextIO]):
                 descriptor = self.stream.fileno()
                 while line:
                     _poll(descriptor, None)
-                    line = line[_written_at_once(descriptor, line) :]
+                    written = _written_at_once(descriptor, line)
+                    line = line[written:]
+                    if not written:
+                        sleep(_PAUSE)
 
     def _next_kept(self) -> bytes | None:
         with self._mutex:
@@ -88,8 +96,22 @@ class PatientHandler(logging.StreamHandler[TextIO]):
 
 def _written_at_once(descriptor: int, line: bytes) -> int:
     """Return how many bytes of a line could be written without waiting."""
-    if stat.S_ISREG(os.fstat(descriptor).st_mode):
+    mode = os.fstat(descriptor).st_mode
+    if stat.S_ISREG(mode):
         return os.write(descriptor, line)
+    if not (stat.S_ISFIFO(mode) or stat.S_ISCHR(mode)):
+        return _written_while_ready(descriptor, line)
+    try:
+        nowait = os.open(f"/proc/self/fd/{descriptor}", _NOWAIT)
+    except OSError:  # such as of another user, or outside Linux
+        return _written_while_ready(descriptor, line)
+    try:
+        return _written_while_ready(nowait, line)
+    finally:
+        os.close(nowait)
+
+
+def _written_while_ready(descriptor: int, line: bytes) -> int:
     written = 0
     while written < len(line):
         part = line[written : written + select.PIPE_BUF]  # a pipe with room takes so many at once

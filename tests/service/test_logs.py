@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import urllib.error
 import urllib.request
@@ -229,6 +230,28 @@ def test_lines_that_nobody_reads_wait_and_are_bounded() -> None:
         handler.flush()
         assert reader.read(100) == b"again\n"
     logger.info("nobody can read this")  # and it raises no error
+
+
+def test_lines_on_a_terminal_that_nobody_reads_wait() -> None:
+    """A terminal that has room for less than a line is ready to be written to, and would take the rest later."""
+    master, terminal = os.openpty()
+    with open(master, "rb", buffering=0) as reader, open(terminal, "w", encoding="utf-8") as stream:
+        logger, handler = logging.Logger("test"), PatientHandler(stream)
+        logger.addHandler(handler)
+
+        def log() -> None:
+            for number in range(2000):
+                logger.info("%d %s", number, "x" * 150)
+
+        logs = threading.Thread(target=log, daemon=True)
+        logs.start()
+        logs.join(30)
+        has_waited = logs.is_alive()
+        received = b""
+        while not received.endswith(b"x\r\n") or b"\n1999 " not in received:
+            received += reader.read(65536)
+        assert not has_waited
+        assert [int(line.partition(" ")[0]) for line in received.decode().splitlines()] == [*range(2000)]
 
 
 @pytest.mark.parametrize("workers", ["1", pytest.param("2", marks=pytest.mark.slow)])

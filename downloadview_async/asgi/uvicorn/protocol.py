@@ -518,6 +518,7 @@ class DownloadProtocol(HttpToolsProtocol):
         if not self._has_given_again(answers):
             return False
         self._end_head_timer()
+        self._framing_bytes = 0
         return True
 
     def _may_be_given_again(self, version: str) -> bool:
