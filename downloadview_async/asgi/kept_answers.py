@@ -168,6 +168,7 @@ class KeptAnswers:
             return
         if len(target) > MAX_TARGET:
             return
+        answers.pop(target, None)
         while len(answers) >= MAX_ANSWERS:
             del answers[next(iter(answers))]
         answers[target] = KeptAnswer(

@@ -142,6 +142,8 @@ def blaming_certificate(settings: Settings) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError) as exc:  # ValueError: a password that is too long
+        if not settings.server.ssl_certfile:
+            raise
         reason = getattr(exc, "reason", None) or str(exc)
         raise settings.error(
             "server.ssl_certfile",
