@@ -97,7 +97,7 @@ class FileMetadata:
 
 
 _SECOND = 1_000_000_000
-_GRAIN = 20_000_000  # ns: kernels advance the clock for file times every 1 to 10 ms
+_GRAIN = 30_000_000  # ns: kernels advance the clock for file times every 1 to 10 ms, and a write may take 20 ms
 _COARSE_GRAIN = 2 * _SECOND  # for file systems that keep whole seconds; FAT has steps of two seconds
 # Times that tools write instead of the true one, so that the same content gives the same archive. Nix, OSTree, OCI
 # layers and Bazel write 0 or 1. The first days that a ZIP archive can name, in any time zone, cover its empty date
@@ -138,7 +138,7 @@ def is_telling(mtime_ns: int, now_ns: int, *, is_coarse: bool) -> bool:
 
 
 def unsettled_seconds(mtime_ns: int, now_ns: int) -> float:
-    """Return for how many more seconds a file may change and keep its modification time: 0, or less than 0.05."""
+    """Return for how many more seconds a file may change and keep its modification time: 0, or less than 0.06."""
     age = now_ns - mtime_ns
     return (_GRAIN - age) / _SECOND if -_GRAIN < age < _GRAIN else 0.0
 

@@ -363,7 +363,7 @@ def _read_link(name: str, directory: int) -> str | None:
 def settled_stat(descriptor: int) -> os.stat_result:
     """Return the `fstat` of an open file at a time from which on any change shows in its times.
 
-    If the file has changed in the last 20 ms, this sleeps until they are over.
+    If the file has changed in the last 30 ms, this sleeps until they are over.
     """
     status = os.fstat(descriptor)
     if seconds := unsettled_seconds(status.st_mtime_ns, time.time_ns()):
