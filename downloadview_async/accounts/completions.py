@@ -139,8 +139,9 @@ class Completions:
         runner, delay = asyncio.Runner(), _DELAY
         while True:
             self._has_some.wait()
-            is_last = self._is_closing.wait(delay)
+            self._is_closing.wait(delay)
             self._has_some.clear()
+            is_last = self._is_closing.is_set()  # `close` sets this first: what it has set last may just be cleared
             is_written = self._write_by(runner)
             delay = _DELAY if is_written else _RETRY_SECONDS
             with self._lock:

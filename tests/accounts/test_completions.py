@@ -550,6 +550,27 @@ WRONG = {
 }
 
 
+def test_it_ends_when_it_is_closed_while_its_thread_is_about_to_wait(tmp_path: Path) -> None:
+    completions = dv.Completions(dv.CompletionStore(f"sqlite+aiosqlite:///{tmp_path}/accounts.db"))
+
+    class ClosedMeanwhile(threading.Event):
+        def clear(self) -> None:
+            if not closing.is_alive():
+                closing.start()
+                assert completions._is_closing.wait(10)
+                assert self.wait(10)  # `close` has set both
+            super().clear()
+
+    closing = threading.Thread(target=completions.close)
+    completions._has_some = ClosedMeanwhile()
+    completions(outcome())
+    thread = completions._thread
+    assert thread is not None
+    thread.join(30)
+    assert not thread.is_alive()
+    closing.join()
+
+
 @pytest.mark.parametrize("url", WRONG)
 def test_wrong_urls(url: str) -> None:
     with pytest.raises(dv.ConfigurationError, match=WRONG[url]):
