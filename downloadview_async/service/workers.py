@@ -407,8 +407,9 @@ class Workers:
             self._current.remove(worker)
         else:
             self._current.remove(worker)
-            self._status = status or STARTUP_FAILURE
             self._serves = bool(self._current)
+            if not self._serves:
+                self._status = status or STARTUP_FAILURE
 
     def _start_next(self, settings: Settings) -> None:
         self._next_settings = settings

@@ -316,6 +316,24 @@ def test_a_worker_whose_event_loop_is_blocked_for_ever_is_replaced(directory: Pa
 
 
 @pytest.mark.slow
+def test_a_worker_that_dies_while_no_other_is_ready_does_not_decide_how_the_service_ends(directory: Path) -> None:
+    (directory / "slowly.py").write_text("import time\ntime.sleep(2)\nasync def allow(*_):\n    return True\n")
+    more = '[[routes]]\npath = "/slowly/{path:path}"\nsource = "files"\naccess = ["hook:slowly:allow"]\n'
+    with service(directory, workers="2", more=more) as server:
+        first = set(worker_pids(server))
+        for pid in first:
+            os.kill(pid, signal.SIGKILL)
+        deadline = time.monotonic() + 30
+        while len(others := set(worker_pids(server)) - first) < 2:
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        os.kill(others.pop(), signal.SIGKILL)
+        server.wait_for_log("Application startup complete", times=4)
+        assert get(server, "/files/a.txt")[0] == 200
+        assert server.stop() == 0
+
+
+@pytest.mark.slow
 def test_a_worker_that_leaves_by_itself_is_replaced_while_it_sends_on(directory: Path) -> None:
     with service(directory, "--limit-max-requests", "3", workers="2", limit=60) as server:
         downloads = [begin(server) for _ in range(2)]
