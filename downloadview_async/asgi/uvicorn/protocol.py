@@ -12,8 +12,9 @@ transport reads no more. `MAX_HEAD_BYTES` bounds a head, and what surrounds the 
 of a body waits for the application, uvicorn reads no more. `heads` refuses heads that httptools lets pass. Trailers are
 dropped.
 
-Output. If the answer to a request is kept (`KeptAnswers`), the protocol sends it at once, and no cycle is made. Else
-the application sends messages to its `DownloadCycle`. A prepared head waits for its body, and one write sends
+Output. If the answer to a request is kept (`KeptAnswers`) and small, the protocol sends it at once, and no cycle is
+made. If, besides, the head is that of an earlier request byte by byte, it is not parsed. Else the application, or a
+kept answer in its place, sends messages to its `DownloadCycle`. A prepared head waits for its body, and one write sends
 both. A path send makes the kernel copy a file to the socket (`sendfile`); it first waits until the transport has sent
 all that it holds. The scope offers these two where the socket is plain: to Starlette path sends, to `DownloadResponse`
 also a descriptor with an offset and a count, a body in pieces of which some are files, and prepared heads. Everything
