@@ -33,6 +33,7 @@ from starlette.types import Receive, Scope, Send
 from downloadview_async.asgi.server import DownloadProtocol, KeptAnswers
 from downloadview_async.service.listening import begin_no_more, steer_away, steer_no_more, waiting_connections
 from downloadview_async.service.logs import log_config
+from downloadview_async.service.memory import SpareMemory
 from downloadview_async.service.settings import Settings, Unavailable
 from downloadview_async.service.shutdown import end_in
 from downloadview_async.service.terminal import is_in_foreground
@@ -171,6 +172,7 @@ class DownloadServer(uvicorn.Server):
         self._taking: set[asyncio.Task[None]] = set()
         self._end = _End.NOT
         self._hurries = False
+        self._memory = SpareMemory()
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Begin the shutdown; at a second signal, end at once."""
@@ -246,6 +248,7 @@ class DownloadServer(uvicorn.Server):
     async def on_tick(self, counter: int) -> bool:
         """Do what uvicorn does ten times a second."""
         self._when_alive()
+        self._memory.look(len(self.server_state.connections))
         return await super().on_tick(counter)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:

@@ -1,0 +1,72 @@
+"""Memory after many clients have left."""
+
+import ctypes
+import re
+import socket
+import sys
+import time
+import urllib.request
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+
+from downloadview_async.service.memory import SpareMemory
+from tests.servers import Server, free_port, serving
+
+MIB = 1 << 20
+
+
+@pytest.mark.parametrize(
+    ("clients", "times"),
+    [
+        ([0, 255, 0, 0], 0),
+        ([0, 256, 65, 65, 65], 0),
+        ([0, 256, 64], 0),  # more may be leaving
+        ([0, 256, 64, 64], 1),
+        ([0, 200, 256, 100, 64, 10, 0, 0, 0], 1),
+        ([0, 256, 10, 20, 0, 0], 1),
+        ([2000, 0, 0, 2000, 1, 1], 2),
+        ([1000] * 5, 0),
+    ],
+)
+def test_memory_is_given_back_when_three_of_four_clients_have_left(clients: list[int], times: int) -> None:
+    given: list[int] = []
+    memory = SpareMemory(lambda: given.append(1))
+    for count in clients:
+        memory.look(count)
+    assert len(given) == times
+
+
+def resident(server: Server) -> int:
+    found = re.search(r"VmRSS:\s+([0-9]+)", Path(f"/proc/{server.process.pid}/status").read_text())
+    assert found is not None
+    return int(found[1]) * 1024
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "malloc_trim"), reason="malloc_trim: needs glibc")
+def test_memory_of_a_thousand_clients_is_given_back(tmp_path: Path) -> None:
+    with (tmp_path / "big.bin").open("wb") as file:
+        file.truncate(64 * MIB)
+    (tmp_path / "small.bin").write_bytes(bytes(1024))
+    port = free_port()
+    command = [sys.executable, "-m", "downloadview_async.cli", "serve", str(tmp_path), "--port", str(port)]
+    with serving(command, port, env={"PYTHONMALLOC": "malloc"}, log=tmp_path / "log") as server, ExitStack() as stack:
+        for _ in range(50):  # what the first requests need stays
+            urllib.request.urlopen(f"{server.url}/files/small.bin", timeout=30).close()
+        before = resident(server)
+        clients = [stack.enter_context(socket.socket()) for _ in range(1000)]
+        for client in clients:
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            client.connect(("127.0.0.1", port))
+            client.sendall(b"GET /files/big.bin HTTP/1.1\r\nHost: x\r\n\r\n")
+        for client in clients:
+            assert client.recv(12) == b"HTTP/1.1 200"
+        grown = resident(server) - before
+        assert grown > 4 * MIB
+        for client in clients:
+            client.close()
+        until = time.monotonic() + 30
+        while (kept := resident(server) - before) > grown / 2 and time.monotonic() < until:
+            time.sleep(0.1)
+        assert kept <= grown / 2
