@@ -6,7 +6,7 @@ from collections import deque
 from collections.abc import Callable
 from contextlib import ExitStack
 from time import monotonic
-from typing import Any, Generic, Literal, Protocol, TypeVar, TypeVarTuple, runtime_checkable
+from typing import Any, Generic, Literal, NamedTuple, Protocol, TypeVar, TypeVarTuple, runtime_checkable
 
 import anyio
 import anyio.from_thread
@@ -34,11 +34,20 @@ STUCK_DISK = 0.8
 """Seconds in which one of the calls to a disk has to end. If none does, and all workers are in use, the disk hangs."""
 
 
-HUNG_CALL = 10.0
-"""Seconds that a call to a disk may take before an answer has begun. Then the disk hangs, for that file at least."""
+class Longest(NamedTuple):
+    """For how many seconds a call to a disk may go on before an answer has begun. Then the disk hangs for such calls.
 
-HUNG_FOLDER = 60.0
-"""The same for a call that may describe a thousand files."""
+    From then on, they get `stuck` seconds each, until one of them ends. A disk that spins up needs the many seconds; a
+    disk that has not answered in them does not need them once more for each request.
+    """
+
+    call: str
+    seconds: float
+
+
+OPENING = Longest("open", 10.0)
+READING = Longest("read", 10.0)
+LISTING = Longest("list", 60.0)  # a call may describe a thousand files
 
 
 class Slots:
@@ -168,6 +177,8 @@ class Workers:
 
     def __init__(self, limit: int = 40, *, patience: float = 2.0, stuck: float = math.inf) -> None:
         self.slots = Slots(limit, patience=patience, stuck=stuck)
+        self._stuck = stuck
+        self._hung: set[Longest] = set()
 
     async def run(self, function: Callable[[*Ts], T], *args: *Ts, patience: float | None = None) -> T:
         """Return what `function(*args)` returns in a worker thread. A cancelled caller waits for the call to end.
@@ -185,24 +196,31 @@ class Workers:
         *args: *Ts,
         discard: Callable[[T], object] = lambda result: None,
         patience: float | None = None,
-        longest: float = math.inf,
+        longest: Longest | None = None,
     ) -> T:
         """Like `run`, but a cancelled caller leaves at once.
 
         The worker stays in use until the call ends, and `discard` gets its result.
 
-        longest: seconds that the call may take. After that, the caller gets `SourceUnavailable`.
+        longest: how long the call may go on. After that, the caller gets `SourceUnavailable`.
         """
         with await self.slots.take(patience=patience) as slot:
             call = _Call(function, args, discard)
-            with anyio.move_on_after(longest):
+            if longest is None:
+                seconds = math.inf
+            else:
+                seconds = min(longest.seconds, self._stuck) if longest in self._hung else longest.seconds
+                slot.callback(self._hung.discard, longest)  # when the call has ended, even if nobody waits any more
+            with anyio.move_on_after(seconds):
                 try:
                     await anyio.to_thread.run_sync(call.work, limiter=unlimited(), abandon_on_cancel=True)
                 except anyio.get_cancelled_exc_class():
                     call.abandon(slot)
                     raise
                 return call.results[0]
-            raise SourceUnavailable(f"the disk has not answered for {longest:g} seconds: look at what it waits for")
+            if longest is not None:
+                self._hung.add(longest)
+            raise SourceUnavailable(f"the disk has not answered for {seconds:g} seconds: look at what it waits for")
 
 
 class _Call(Generic[T]):

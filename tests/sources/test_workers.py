@@ -2,6 +2,7 @@
 
 import asyncio
 import threading
+import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
@@ -9,7 +10,7 @@ import anyio
 import pytest
 
 from downloadview_async import SourceUnavailable
-from downloadview_async.sources.workers import Slots, Workers
+from downloadview_async.sources.workers import Longest, Slots, Workers
 
 pytestmark = pytest.mark.asyncio
 
@@ -129,6 +130,31 @@ async def test_errors_come_through_and_free_the_worker() -> None:
             await workers.run_or_abandon(divmod, 1, 0)
         with pytest.raises(ZeroDivisionError):
             await workers.run(divmod, 1, 0)
+
+
+async def test_after_a_call_that_hung_others_of_its_kind_wait_less_until_one_ends() -> None:
+    workers, disk = Workers(stuck=0.05), Disk()
+    opening, reading = Longest("open", 1.0), Longest("read", 1.0)
+
+    async def seconds(longest: Longest) -> float:
+        began = time.monotonic()
+        with pytest.raises(SourceUnavailable, match="the disk has not answered for"):
+            await workers.run_or_abandon(disk.open, "x", discard=disk.discarded.append, longest=longest)
+        return time.monotonic() - began
+
+    assert await seconds(opening) >= 1.0
+    assert [0.05 <= await seconds(opening) < 1.0 for _ in range(3)] == [True] * 3
+    assert await workers.run_or_abandon(len, "four", longest=reading) == 4
+    assert await seconds(reading) >= 1.0  # one that works, of another kind, changes nothing
+    assert await seconds(opening) < 1.0
+    assert workers.slots.in_use == 6
+    disk.repaired.set()
+    while workers.slots.in_use:
+        await asyncio.sleep(0.001)
+    assert disk.discarded == ["x"] * 6
+    disk.repaired.clear()
+    assert await seconds(opening) >= 1.0
+    disk.repaired.set()
 
 
 async def test_slots() -> None:

@@ -20,7 +20,7 @@ from downloadview_async.sources.listing import DescribedEntry, Entry, Version
 from downloadview_async.sources.local.open_file import metadata_of, version_of
 from downloadview_async.sources.local.root import Root, Validators, close_unwritten, file_error
 from downloadview_async.sources.names import canonical_folder, entries_check, entry_check
-from downloadview_async.sources.workers import HUNG_FOLDER, MID_TRANSFER, Workers
+from downloadview_async.sources.workers import LISTING, MID_TRANSFER, OPENING, Workers
 
 BATCH = 250
 """Entries that one call of a worker reads with their sizes and times.
@@ -83,7 +83,7 @@ async def _batches(
             reader.close()
             raise
 
-    reader, batch = await workers.run_or_abandon(begin, discard=lambda begun: begun[0].close(), longest=HUNG_FOLDER)
+    reader, batch = await workers.run_or_abandon(begin, discard=lambda begun: begun[0].close(), longest=LISTING)
     try:
         while batch is not None:
             yield batch
@@ -101,7 +101,7 @@ async def describe_entries(root: Root, folder: str, names: Sequence[str], worker
         with closing(FolderReader(root, folder)) as reader:
             return reader.describe(names)
 
-    return await workers.run_or_abandon(described, longest=HUNG_FOLDER)
+    return await workers.run_or_abandon(described, longest=LISTING)
 
 
 async def folder_identity(root: Root, folder: str, workers: Workers) -> tuple[int, int] | None:
@@ -117,7 +117,7 @@ async def folder_identity(root: Root, folder: str, workers: Workers) -> tuple[in
             raise file_error(exc) from exc
         return status.st_dev, status.st_ino
 
-    return await workers.run_or_abandon(identity, longest=HUNG_FOLDER)
+    return await workers.run_or_abandon(identity, longest=OPENING)
 
 
 class FolderReader:

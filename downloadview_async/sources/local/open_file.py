@@ -1,7 +1,6 @@
 """`OpenLocalFile`: a regular file on a local disk, described and read through one descriptor."""
 
 import errno
-import math
 import os
 import threading
 import time
@@ -25,7 +24,7 @@ from downloadview_async.http.request import DownloadRequest
 from downloadview_async.sources.base import AsyncFile, OpenFile, OpenLocalBytes
 from downloadview_async.sources.local.refused_calls import Refusals
 from downloadview_async.sources.local.root import Validators, close_unwritten
-from downloadview_async.sources.workers import HUNG_CALL, MID_TRANSFER, Workers, unlimited
+from downloadview_async.sources.workers import MID_TRANSFER, READING, Longest, Workers, unlimited
 
 CHUNK_SIZE = 256 * 1024
 """Bytes read, and sent, at a time."""
@@ -265,7 +264,8 @@ class OpenLocalFile:
         """Yield the bytes of the span: from the page cache directly, from the disk through a worker."""
         assert self.metadata.size is not None
         position, stop = (span.start, span.stop) if span is not None else (0, self.metadata.size)
-        patience, longest = None, HUNG_CALL  # until the first byte has been sent, the answer can still become an error
+        patience: float | None = None
+        longest: Longest | None = READING  # until the first byte has been sent, the answer can still become an error
         while position < stop:
             length = min(CHUNK_SIZE, stop - position)
             try:
@@ -281,7 +281,7 @@ class OpenLocalFile:
             if not chunk:
                 return  # the file has shrunk; the sender counts the bytes and aborts
             position += len(chunk)
-            patience, longest = MID_TRANSFER, math.inf
+            patience, longest = MID_TRANSFER, None
             yield chunk
 
     def _pread(self, length: int, position: int, stop: int) -> bytes:

@@ -34,7 +34,7 @@ from downloadview_async.sources.local.root import (
     open_trusted,
 )
 from downloadview_async.sources.names import Names, canonical_name
-from downloadview_async.sources.workers import HUNG_CALL, STUCK_DISK, Slots, Workers
+from downloadview_async.sources.workers import OPENING, STUCK_DISK, Slots, Workers
 
 SUFFIXES = {"br": ".br", "zstd": ".zst", "gzip": ".gz"}
 """Content codings, and the suffix that the name of a precompressed sibling has for each."""
@@ -70,7 +70,7 @@ class LocalFile:
         """Open the file, following links. Raises `FileMissing`, `AccessDenied` or `SourceUnavailable`."""
         opening = self._open_and_remove if self._delete else partial(open_trusted, self._path)
         try:
-            opened = await _trusted_workers.run_or_abandon(opening, discard=_close, longest=HUNG_CALL)
+            opened = await _trusted_workers.run_or_abandon(opening, discard=_close, longest=OPENING)
         except FileMissing:
             raise
         except BaseException:  # perhaps before a thread was free
@@ -184,7 +184,7 @@ class FileBeneath:
     async def _open(self, path: str) -> Opened:
         if (opened := self._root.open_nowait(path)) is not None:
             return opened
-        return await self._workers.run_or_abandon(self._root.open, path, discard=_close, longest=HUNG_CALL)
+        return await self._workers.run_or_abandon(self._root.open, path, discard=_close, longest=OPENING)
 
 
 class PathSource:
