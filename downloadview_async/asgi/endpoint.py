@@ -36,6 +36,7 @@ from downloadview_async.offload.base import Redirect
 from downloadview_async.policy.access import Access, SignedLinks, access_of, allow
 from downloadview_async.policy.grants import GRANT, Grant
 from downloadview_async.policy.hiding import Hidden
+from downloadview_async.policy.limits.at_once import are_immediate
 from downloadview_async.policy.limits.limits import TRANSFERS, Transfers
 from downloadview_async.policy.together import Together
 from downloadview_async.policy.uses import TOGETHER
@@ -346,15 +347,23 @@ class Download(_Endpoint):
         self.redirect = redirect
         self.offload = offload
         # Otherwise the path of the URL and the file decide each answer to a GET without a query: see `KeptAnswers`.
-        has_rules = self.access or self.limits or redirect is not None or digests is not None or callable(key)
-        self._is_simple = type(source) is PathSource and not has_rules
+        has_rules = (
+            self.access
+            or not are_immediate(self.limits)
+            or redirect is not None
+            or digests is not None
+            or callable(key)
+        )
+        self._is_simple = type(source) is PathSource and not has_rules and not callable(key)
         options = ArchiveOptions() if archive is True else archive
         self._archives = Archives(source, options, hide) if options else None
 
     def _kept_answers_for(self, scope: Scope) -> KeptAnswers | None:
         """Return where the answer to a request may be kept: see `KeptAnswers`."""
         kept: KeptAnswers | None = (scope.get("extensions") or {}).get(KEPT_ANSWERS)
-        if kept is None or scope["method"] != "GET" or scope["query_string"] or GRANT in scope or TRANSFERS in scope:
+        if kept is None or scope["method"] != "GET" or scope["query_string"] or GRANT in scope:
+            return None
+        if TRANSFERS in scope and not self.limits:  # those of a middleware
             return None
         route = scope.get("route")
         return kept if isinstance(route, Route) and route.app is self else None  # no middleware is in between

@@ -7,13 +7,15 @@ described by its name each time, and its bytes are read. If it has changed, cann
 missing, the application answers as if nothing had been kept. Each answer has its `Outcome`, too.
 
 A request may get a kept answer only if it has none of the fields in `DECIDING`. An answer may be kept only if access,
-limits, counts, a query, digests, and middleware of an application have no part in it. `downloadview serve` knows all
+counts of links, a query, digests, and middleware of an application have no part in it. Limits may have one if they are
+counted in memory and by addresses, have no rate, and let nobody wait: they count each small answer that is given again.
+If one of them would refuse it, the application does that. `downloadview serve` knows all
 middleware around its routes, so it gives its server a `KeptAnswers`, which the server offers in the scope of each
 request. Other applications are offered none.
 """
 
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from time import monotonic
@@ -33,6 +35,8 @@ from downloadview_async.http import content_types
 from downloadview_async.http.metadata import ByteRange, FileMetadata
 from downloadview_async.http.plan import Plan, is_shown_for_good
 from downloadview_async.http.request import FIELDS, GET
+from downloadview_async.policy.limits.at_once import are_immediate, count_at_once
+from downloadview_async.policy.limits.limits import TRANSFERS, Limits, Transfers, version_name
 from downloadview_async.sources.base import AsyncFile
 from downloadview_async.sources.local.open_file import OpenLocalFile, local_of, open_nowait
 
@@ -61,9 +65,9 @@ MAX_HEAD = 1024
 class KeptAnswer:
     """An answer as it can be given again, apart from the bytes of its file.
 
-    path, route, source, name, proxy: facts for its outcome. delivery: without the bytes of the body; the plan of an
-    answer that the kernel sends from the file. outcome: that of a request that has got it whole at once, without what
-    its client has sent; None before there is one.
+    path, route, source, name, proxy: facts for its outcome. limits: those that count it. delivery: without the bytes of
+    the body; the plan of an answer that the kernel sends from the file. outcome: that of a request that has got it
+    whole at once, without what its client has sent; None before there is one.
     """
 
     file: AsyncFile
@@ -76,6 +80,7 @@ class KeptAnswer:
     name: str | None
     proxy: str | None
     type_changes: int
+    limits: Sequence[Limits]
     outcome: Outcome | None = None
 
     def body(self) -> bytes | None:
@@ -107,6 +112,17 @@ class KeptAnswer:
             return local
         local.close()
         return None
+
+    def is_admitted(self, scope: Scope) -> bool:
+        """Count a request in the limits, or return False and count nothing if one of them may refuse it.
+
+        scope: as `KeptAnswers.identify` leaves it.
+        """
+        if not self.limits:
+            return True
+        assert self.metadata.size is not None
+        client, version = scope.get("client"), version_name(self.path, self.metadata)
+        return count_at_once(self.limits, client[0] if client else None, version, self.metadata.size)
 
     def note(self, account: Account) -> None:
         """Note the facts of the answer for its outcome."""
@@ -166,7 +182,9 @@ class KeptAnswers:
         answers = self._large if isinstance(kept, Plan) else self._answers
         if scope["root_path"] or REQUEST_ID in head.lines or metadata.headers or metadata.digests:
             return
-        if len(target) > MAX_TARGET:
+        transfers: Transfers | None = scope.get(TRANSFERS)
+        limits = [] if transfers is None else transfers.limits
+        if len(target) > MAX_TARGET or not are_immediate(limits) or (limits and not isinstance(kept, Inline)):
             return
         answers.pop(target, None)
         while len(answers) >= MAX_ANSWERS:
@@ -182,6 +200,7 @@ class KeptAnswers:
             name=None if facts is None else facts.name,
             proxy=None if facts is None else facts.proxy,
             type_changes=content_types.changes,
+            limits=limits,
         )
 
     def __len__(self) -> int:

@@ -21,7 +21,7 @@ from typing import Any
 import pytest
 from starlette.types import Receive, Scope, Send
 
-from downloadview_async import Accounts, Outcome, add_content_types
+from downloadview_async import Accounts, Download, Limits, Outcome, add_content_types
 from downloadview_async.asgi.kept_answers import MAX_ANSWERS, MAX_HEAD, MAX_HEADS
 from downloadview_async.asgi.server import DownloadProtocol
 from downloadview_async.service.reload import Generation, Generations
@@ -289,14 +289,16 @@ async def test_a_file_that_has_changed_is_answered_anew(
     "more, target",
     [
         ('access = ["hook:hooks_of_kept:everyone"]\n', "/files/a.txt"),
-        ("limits = { concurrent = 3 }\n", "/files/a.txt"),
+        ('limits = { rate = "1GB/s" }\n', "/files/a.txt"),
         ('cors = { origins = ["*"] }\n', "/files/a.txt"),
         ('headers = { Set-Cookie = "a=b" }\n', "/files/a.txt"),
         ('headers = { X-Request-Id = "mine" }\n', "/files/a.txt"),
         ("list = true\n", "/files/"),
         ("list = true\narchive = true\n", "/files/?archive=zip"),
         ("", "/files/missing"),
-        ("[limits]\nconcurrent = 3\n", "/files/a.txt"),
+        ('[limits]\ntotal_rate = "1GB/s"\n', "/files/a.txt"),
+        ('[limits]\nconcurrent = 3\nclient = "link"\n', "/files/a.txt"),
+        ('[limits]\nconcurrent = 3\nmode = "queue"\n', "/files/a.txt"),
         ("[accounts]\ntraces = true\n", "/files/a.txt"),
     ],
 )
@@ -826,3 +828,87 @@ async def test_a_client_that_leaves_has_got_what_its_machine_has_taken(directory
 def taken_by(sock: socket.socket) -> int:
     """Return how many bytes the machine of a client has taken: `tcpi_bytes_received`."""
     return int(struct.unpack_from("Q", sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 136), 128)[0])
+
+
+LIMITED = """
+[limits]
+{limits}
+"""
+
+
+async def statuses(client: Client, targets: list[str]) -> list[str]:
+    answers = [await client.ask(target=target) for target in targets]
+    return [head.split()[1].decode() for head, _ in answers]
+
+
+def counted(client: Client) -> Any:
+    """Return what the limits in memory have counted, without its times."""
+    apps = [getattr(route, "app", None) for route in client.app.service.router.routes]
+    limits = [one for app in apps if isinstance(app, Download) for one in app.limits]
+    stores = [one._memory for one in limits if isinstance(one, Limits)]
+    clients = [known for store in stores if store is not None for known in store._clients.values()]
+    sessions = [
+        (one.size, one.coverage.edges, one.charged, one.running) for each in clients for one in each.sessions.values()
+    ]
+    return [(each.current, each.previous, each.leases, each.spent) for each in clients], sessions
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (LIMITED.format(limits='requests = "5/hour"'), ["200"] * 5 + ["429"] * 2),
+        (LIMITED.format(limits="concurrent = 1"), ["200"] * 7),
+        (LIMITED.format(limits='quota = ["8kB/day"]'), ["200"] * 4 + ["429"] * 3),
+        (LIMITED.format(limits='quota = ["5 downloads/day", "1GB/day"]'), ["200"] * 5 + ["429"] * 2),
+        (LIMITED.format(limits='requests = "9/hour"\nquota = ["3 downloads/day"]'), ["200"] * 3 + ["429"] * 4),
+    ],
+)
+@pytest.mark.parametrize(
+    "of_route", [None, 'requests = "6/hour"', 'quota = ["5kB/day"]', 'quota = ["2 downloads/day"]']
+)
+async def test_limits_count_a_kept_answer_as_any_other(
+    directory: Path, text: str, expected: list[str], of_route: str | None
+) -> None:
+    (directory / "files/empty.txt").touch()
+    os.utime(directory / "files/empty.txt", (1_700_000_000,) * 2)
+    files = FILES if of_route is None else FILES + f"limits = {{ {of_route} }}\n"
+    targets = ["/files/a.txt"] * 7
+    found, made = [], []
+    for keeps in (False, True):
+        async with client_of(directory, files + text, keeps=keeps) as client:
+            found.append([await statuses(client, targets), await statuses(client, ["/files/empty.txt"] * 3)])
+            found[-1].append(counted(client))
+            made.append(client.app.calls)
+    assert found[0] == found[1]
+    if of_route is None:
+        assert found[0][0] == expected
+    assert made[0] == 10
+    assert made[1] < 10  # the first of each target, and those that are refused
+
+
+async def test_a_kept_answer_takes_part_in_the_limit_of_transfers(directory: Path) -> None:
+    with (directory / "files/big.bin").open("wb") as file:
+        file.truncate(64 << 20)
+    make_old(directory)
+    async with client_of(directory, FILES + LIMITED.format(limits="concurrent = 1")) as client:
+        assert await statuses(client, ["/files/a.txt"] * 2) == ["200", "200"]
+        assert await client.kept()
+        other = Client(*await asyncio.open_connection(*client.writer.get_extra_info("peername")[:2]), client.app)
+        other.writer.write(b"GET /files/big.bin HTTP/1.1\r\nHost: x\r\n\r\n")
+        assert b" 200 " in await other.reader.readuntil(b"\r\n\r\n")
+        assert await statuses(client, ["/files/a.txt"]) == ["429"]
+        other.writer.transport.abort()
+        while await statuses(client, ["/files/a.txt"]) == ["429"]:
+            await asyncio.sleep(0.01)
+        assert await client.kept()
+
+
+async def test_limits_of_a_kept_answer_know_the_client_of_a_proxy(directory: Path) -> None:
+    text = FILES + LIMITED.format(limits='requests = "3/hour"')
+    async with client_of(directory, text) as client:
+        found = []
+        for number in (1, 2, 1, 2, 1, 2, 1, 2, 3):
+            head, _ = await client.ask(f"X-Forwarded-For: 192.0.2.{number}")
+            found.append(head.split()[1])
+        assert found == [b"200"] * 6 + [b"429"] * 2 + [b"200"]
+        assert client.app.calls == 3  # the first one, and those that were refused

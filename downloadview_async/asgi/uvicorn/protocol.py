@@ -546,7 +546,11 @@ class DownloadProtocol(HttpToolsProtocol):
             return False
         began = monotonic()
         scope: Any = self.scope
+        before = scope["client"], scope["scheme"]
         self.request_id = request_id = answers.identify(scope)
+        if not answer.is_admitted(scope):
+            scope["client"], scope["scheme"] = before
+            return False
         line = b""
         if request_id is not None and answers.sends_request_id:
             line = b"%s: %s\r\n" % (REQUEST_ID, request_id.encode())

@@ -193,6 +193,34 @@ class Limits:
         return transfer
 
     @property
+    def is_immediate(self) -> bool:
+        """Whether an answer that leaves at once is counted without a wait, and has no rate: see `count_at_once`."""
+        return self._memory is not None and self._client_of is address_client and not (self.is_paced or self.queues)
+
+    def take_at_once(self, address: str | None, version: str, size: int) -> "Transfer | None":
+        """Return what a request takes whose answer, a whole file, leaves at once; None: a limit may refuse it.
+
+        Its quotas are charged, and its window is not: `count_at_once` follows, or `end`.
+        """
+        memory, transfer = self._memory, Transfer(self, self._key_of(address))
+        assert memory is not None
+        if not memory.has_room(transfer.client, self._window, self.concurrent):
+            return None
+        if self._quotas and size:
+            costs = self._costs(transfer, version, size, (ByteRange(0, size),), size)
+            if memory.spend_nowait(transfer.client, costs, transfer.parts, transfer.spent_at) is not None:
+                return None
+            transfer.is_charged = True
+        return transfer
+
+    def count_at_once(self, transfer: "Transfer") -> None:
+        """Count a request of which `take_at_once` has returned what it takes: its answer is leaving."""
+        assert self._memory is not None
+        if self._window is not None:
+            self._memory.admit_nowait(transfer.client, self._window, None, None)
+        self.end(transfer, None, is_complete=True)
+
+    @property
     def redis(self) -> RedisLimitStore | None:
         """The store, if requests can be counted there once their file is open; None: before that, or it fails."""
         return self._store.redis if isinstance(self._store, GuardedLimitStore) and not self.queues else None
@@ -545,6 +573,11 @@ class Transfers:
         return self
 
     @property
+    def limits(self) -> "list[Limits | SourceLimit]":
+        """The limits of which the request takes something."""
+        return [one.limits for one in self._all]
+
+    @property
     def proxy_log(self) -> str | None:
         """The log of the proxy, if some of the limits know one."""
         return next((one.limits.proxy_log for one in self._all if one.limits.proxy_log is not None), None)
@@ -611,7 +644,7 @@ class Transfers:
         """
         if spans is not None:
             self._sent = 0
-        named = _named(path, metadata)
+        named = version_name(path, metadata)
         each: list[Awaitable[None]] = []
         for transfer in self._all:
             assert isinstance(transfer.limits, Limits)
@@ -669,7 +702,7 @@ class Transfers:
         None for all of a file of unknown size.
         """
         self._sent = 0
-        named, rest = _named(path, metadata), iter(self._all)
+        named, rest = version_name(path, metadata), iter(self._all)
         for transfer in rest:
             if (spending := transfer.limits.spend(transfer, named, size, spans, metadata.size)) is not None:
                 return self._spend_rest(spending, rest, named, size, spans, metadata.size)
@@ -714,7 +747,7 @@ class Transfers:
                 shared.begin_by_proxy()
 
 
-def _named(path: str, metadata: FileMetadata) -> str:
+def version_name(path: str, metadata: FileMetadata) -> str:
     """Return a text for a version of a file."""
     version = metadata.etag if metadata.etag is not None else f"{metadata.last_modified} {metadata.size}"
     return f"{path} {version}"

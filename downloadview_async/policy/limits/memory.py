@@ -70,12 +70,7 @@ class MemoryLimitStore:
         """Do the same as `admit`, without a coroutine."""
         known = self._known(client)
         if window is not None:
-            now = time.monotonic()
-            if now - known.began >= window.seconds:
-                _turn(known, window, now)
-            if known.current + known.previous >= window.amount and (
-                wait := window_wait(window, now - known.began, known.current, known.previous)
-            ):
+            if wait := _wait_of(known, window):
                 return Verdict("requests", wait)
             known.current += 1
         if lease is not None:
@@ -83,6 +78,13 @@ class MemoryLimitStore:
                 return Verdict("concurrent", 1.0)
             known.leases.add(lease)
         return ALLOWED
+
+    def has_room(self, client: str, window: Window | None, most: int | None) -> bool:
+        """Return whether `admit_nowait` would allow a request now, and count nothing."""
+        known = self._known(client)
+        if most is not None and len(known.leases) >= most:
+            return False
+        return window is None or not _wait_of(known, window)
 
     async def spend(self, client: str, costs: Costs, *, parts: Parts | None, now: float) -> Quota | None:
         """Add the costs to their quotas, or return a quota that is used up."""
@@ -214,6 +216,16 @@ def _give_back_idle(known: _Client, costs: Costs, but: _Session | None, now: flo
             if quota.unit == "downloads":
                 _spend(known, quota, -1, one.charged_at)
     return bool(idle)
+
+
+def _wait_of(known: _Client, window: Window) -> float:
+    """Return the seconds until one more request is allowed, 0 if it is allowed now."""
+    now = time.monotonic()
+    if now - known.began >= window.seconds:
+        _turn(known, window, now)
+    if known.current + known.previous < window.amount:
+        return 0.0
+    return window_wait(window, now - known.began, known.current, known.previous)
 
 
 def _turn(known: _Client, window: Window, now: float) -> None:
