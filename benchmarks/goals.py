@@ -117,6 +117,11 @@ PRODUCT = [
         0.25,
     ),
     _at_least("Django 10 KiB requests/s, against Starlette", *_ratio("rps_10k", "ours-django", "ours"), 0.5),
+    _at_least(
+        "JSON log, metrics, limits and counted downloads, against none",
+        *_ratio("rps_10k", "serve-counted", "serve-quiet"),
+        0.85,
+    ),
     _at_least("every feature on, against all off", *_ratio("rps_10k", "serve-all", "serve-quiet"), 0.85, 0.95),
     _at_most("p99 beside 50 downloads, against nginx", *_ratio("p99", "serve", "nginx"), 1.5, 1),
     _at_most("p99 beside 500 downloads, against nginx", *_ratio("p99_many", "serve", "nginx"), 1.5, 1),

@@ -27,7 +27,7 @@ database = "sqlite+aiosqlite:///accounts.db"
 """
 _JSON = '\n[log]\nformat = "json"\n'
 _HIDE = 'hide = [".*", "*.tmp", "secret-*"]\n'
-_ALL = _JSON + _METRICS + _LIMITS + _ACCOUNTS
+_COUNTED = _JSON + _METRICS + _LIMITS + _ACCOUNTS
 _ORIGIN = 'type = "remote"\nurl = "http://{host}:{behind}/files/"\nallow_hosts = ["{host}"]\nmax_connections = 5000\n'
 _CACHE = '[sources.files.cache]\npath = "cache"\n'
 _HOOK = "async def allowed(request, name):\n    return True\n"
@@ -68,10 +68,11 @@ PRODUCTS: Mapping[str, tuple[str, Product]] = {
     "serve-metrics": ("metrics", Product(tables=_METRICS)),
     "serve-limits": ("limits", Product(tables=_LIMITS)),
     "serve-accounts": ("counted downloads", Product(tables=_ACCOUNTS)),
+    "serve-counted": ("the four before this one", Product(tables=_COUNTED)),
     "serve-hide": ("names that are hidden", Product(route=_HIDE)),
     "serve-signed": ("a signed link", Product(tables=_LINKS, route='access = ["signed"]\n')),
     "serve-hooked": ("behind a function", Product(route='access = ["hook:rules:allowed"]\n')),
-    "serve-all": ("all of these on", Product(tables=_LINKS + _ALL, route=_HIDE + 'access = ["signed"]\n')),
+    "serve-all": ("all of these on", Product(tables=_LINKS + _COUNTED, route=_HIDE + 'access = ["signed"]\n')),
 }
 """The rows that differ from the defaults by their settings alone, with what is particular to them."""
 
