@@ -1,8 +1,10 @@
 """Memory after many clients have left."""
 
 import ctypes
+import os
 import re
 import socket
+import ssl
 import sys
 import time
 import urllib.request
@@ -12,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from downloadview_async.service.memory import SpareMemory
+from tests.certificates import make_certificate
 from tests.servers import Server, free_port, serving
 
 MIB = 1 << 20
@@ -70,3 +73,39 @@ def test_memory_of_a_thousand_clients_is_given_back(tmp_path: Path) -> None:
         while (kept := resident(server) - before) > grown / 2 and time.monotonic() < until:
             time.sleep(0.1)
         assert kept <= grown / 2
+
+
+def test_a_client_that_stalls_over_tls_takes_little_memory(tmp_path: Path) -> None:
+    """What is encrypted for it is held by TLS, and by the transport until the kernel has room for it."""
+    (folder := tmp_path / "files").mkdir()
+    (folder / "big.bin").write_bytes(bytes(16 * MIB))
+    os.utime(folder / "big.bin", (1_700_000_000,) * 2)
+    files, port = make_certificate(tmp_path), free_port()
+    command = [sys.executable, "-m", "downloadview_async.cli", "serve", str(folder), "--port", str(port)]
+    command += ["--ssl-certfile", files["ssl_certfile"], "--ssl-keyfile", files["ssl_keyfile"]]
+    context = ssl.create_default_context(cafile=files["ssl_certfile"])
+    with serving(command, port, log=tmp_path / "log") as server, ExitStack() as stack:
+
+        def begin() -> None:
+            plain = socket.socket()
+            plain.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            plain.connect(("127.0.0.1", port))
+            client = stack.enter_context(context.wrap_socket(plain, server_hostname="localhost"))
+            client.sendall(b"GET /files/big.bin HTTP/1.1\r\nHost: x\r\n\r\n")
+            assert client.recv(12) == b"HTTP/1.1 200"
+
+        def held() -> int:
+            """Return the memory when it has not changed for half a second, which begins when all buffers are full."""
+            now, since, until = resident(server), time.monotonic(), time.monotonic() + 30
+            while time.monotonic() < min(since + 0.5, until):
+                time.sleep(0.05)
+                if (new := resident(server)) != now:
+                    now, since = new, time.monotonic()
+            return now
+
+        for _ in range(4):  # what the first ones need stays
+            begin()
+        before = held()
+        for _ in range(40):
+            begin()
+        assert (held() - before) / 40 < 1200 * 1024

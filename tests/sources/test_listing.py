@@ -567,8 +567,11 @@ async def test_a_marker_of_a_folder_in_a_bucket_is_the_folder_itself(s3: S3) -> 
 
     keys = {"aws_access_key_id": KEY_ID, "aws_secret_access_key": SECRET}
     client = botocore.session.get_session().create_client("s3", region_name=REGION, endpoint_url=s3.url, **keys)
-    for key in ("marked/", "marked/empty/", "marked/full/", "marked/full/x.txt", "marked/both", "marked/both/y.txt"):
-        client.put_object(Bucket=BUCKET, Key=key, Body=b"" if key.endswith("/") else b"x")
+    with closing(client):
+        for name in ("", "empty/", "full/", "full/x.txt"):
+            client.put_object(Bucket=BUCKET, Key=f"marked/{name}", Body=b"x" if name.endswith("t") else b"")
+        for key in ("marked/both", "marked/both/y.txt"):
+            client.put_object(Bucket=BUCKET, Key=key, Body=b"x")
     for options in ({}, BY_OBSTORE):
         source = StorageSource(s3.storage(**options))
         assert set(await entries_of(source, "marked")) == {"empty/", "full/", "both", "both/"}
@@ -581,8 +584,9 @@ async def test_a_key_with_a_control_character_is_left_out_or_fails_obstore(s3: S
 
     keys = {"aws_access_key_id": KEY_ID, "aws_secret_access_key": SECRET}
     client = botocore.session.get_session().create_client("s3", region_name=REGION, endpoint_url=s3.url, **keys)
-    for key in ("unreadable/a\nb", "unreadable/c+d e%20.txt"):
-        client.put_object(Bucket=BUCKET, Key=key, Body=b"x")
+    with closing(client):
+        for key in ("unreadable/a\nb", "unreadable/c+d e%20.txt"):
+            client.put_object(Bucket=BUCKET, Key=key, Body=b"x")
     assert set(await entries_of(StorageSource(s3.storage()), "unreadable")) == {"c+d e%20.txt"}
     with pytest.raises(UpstreamError, match="a key that obstore cannot read"):
         await entries_of(StorageSource(s3.storage(**BY_OBSTORE)), "unreadable")

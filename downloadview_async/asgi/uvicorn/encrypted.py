@@ -21,6 +21,11 @@ _STEP = 1 << 16  # bytes
 _STEPS = 128  # together as many bytes as a socket holds
 
 
+MOST_HELD = 64 << 10
+"""Bytes that a transport of TLS holds before writing is paused. A part of a body is encrypted as a whole, so it may
+hold that much more. The loops' own limit is 512 KiB."""
+
+
 class CountingTransport:
     """A transport of TLS that counts what it is given.
 

@@ -109,7 +109,7 @@ from downloadview_async.asgi.disconnect import MAX_UNREAD_BODY
 from downloadview_async.asgi.extensions import CONNECTION, PACE, PATHSEND, PREPARED, REQUEST_ID
 from downloadview_async.asgi.kept_answers import DECIDING, KEPT_ANSWERS, KeptAnswers
 from downloadview_async.asgi.uvicorn.cycle import CONNECTION_CLOSE, DownloadCycle, lines_of
-from downloadview_async.asgi.uvicorn.encrypted import CountingTransport, EncryptedStream
+from downloadview_async.asgi.uvicorn.encrypted import MOST_HELD, CountingTransport, EncryptedStream
 from downloadview_async.asgi.uvicorn.flow import Flow, Signal
 from downloadview_async.asgi.uvicorn.heads import Refused, read_head
 from downloadview_async.asgi.uvicorn.internals import (
@@ -331,6 +331,8 @@ class DownloadProtocol(HttpToolsProtocol):
         if self._has_plain_socket:
             # While the transport holds anything, writing is paused: so it is known what a loss drops.
             transport.set_write_buffer_limits(high=0)
+        elif self._encrypted is not None:
+            transport.set_write_buffer_limits(high=MOST_HELD)
         self._is_shutting_down = self.server_state in _shutting_down
         self._is_draining = self._is_shutting_down or self.server_state in _draining
         self._start_head_timer()

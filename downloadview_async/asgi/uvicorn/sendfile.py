@@ -18,6 +18,7 @@ from starlette.types import Message
 
 from downloadview_async.asgi.loan import Batches, Lendable, LentFile
 from downloadview_async.asgi.transfer import chunks_of, exactly
+from downloadview_async.asgi.uvicorn.encrypted import MOST_HELD
 from downloadview_async.asgi.uvicorn.room import Waiting, begin_to_wait, end_wait
 from downloadview_async.asgi.uvicorn.sockets import socket_number
 from downloadview_async.asgi.uvicorn.turns import turn
@@ -372,6 +373,6 @@ def end_flush(connection: Sending) -> None:
     flushed, connection.flushed = connection.flushed, None
     if flushed is not None:
         if not connection.is_lost and connection.transport.get_extra_info("sslcontext"):
-            connection.transport.set_write_buffer_limits()
+            connection.transport.set_write_buffer_limits(high=MOST_HELD)
         if not flushed.done():
             flushed.set_result(not connection.is_lost)
