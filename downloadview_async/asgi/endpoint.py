@@ -354,7 +354,7 @@ class Download(_Endpoint):
             or digests is not None
             or callable(key)
         )
-        self._is_simple = type(source) is PathSource and not has_rules and not callable(key)
+        self._is_simple = type(source) is PathSource and not has_rules
         options = ArchiveOptions() if archive is True else archive
         self._archives = Archives(source, options, hide) if options else None
 

@@ -255,14 +255,13 @@ class KeptAnswers:
         return self.accounts is not None and self.accounts.sends_request_id
 
     def identify(self, scope: dict[str, Any]) -> str | None:
-        """Return the id of a request that gets a kept answer; None if nothing counts it.
+        """Return the id of a request that gets a kept answer; None if there are no accounts.
 
-        scope: of the request, as it is before the application would get it.
+        scope: of the request, as it is before the application would get it. Its client becomes the one that limits and
+        outcomes count: that of a trusted proxy.
         """
-        if (accounts := self.accounts) is None:
-            return None
         self._locate(scope)
-        return accounts.identify(scope)
+        return None if self.accounts is None else self.accounts.identify(scope)
 
     def count(self, answer: KeptAnswer, scope: dict[str, Any], request_id: str, began: float, body: bytes) -> None:
         """Count a kept answer that the server has just sent.

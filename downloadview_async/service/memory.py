@@ -8,10 +8,18 @@ the figures, and what helps.
 import contextlib
 import ctypes
 import gc
+import math
+import time
 from collections.abc import Callable
 
 _MANY = 256
 """Fewer clients do not need enough memory for it to matter."""
+
+_SECONDS = 10.0
+"""The shortest time from one look that gives memory back to the next: the event loop waits meanwhile.
+
+This takes less than a millisecond at first, and some tenths of a second if the limits know 100,000 clients.
+"""
 
 
 def give_back() -> None:
@@ -22,16 +30,25 @@ def give_back() -> None:
 
 
 class SpareMemory:
-    """Looks how many clients there are, and gives memory back when three of four have left and no more are leaving."""
+    """Looks how many clients there are, and gives memory back when three of four have left and no more are leaving.
 
-    def __init__(self, give_back: Callable[[], None] = give_back) -> None:
+    clock: gives a time in seconds.
+    """
+
+    def __init__(
+        self, give_back: Callable[[], None] = give_back, *, clock: Callable[[], float] = time.monotonic
+    ) -> None:
         self._give_back = give_back
+        self._clock = clock
+        self._given_at = -math.inf
         self._most = self._last = 0
 
     def look(self, clients: int) -> None:
         """Take note of the number of clients now."""
         self._most = max(self._most, clients)
-        if self._most >= _MANY and self._last <= clients <= self._most // 4:
+        have_left = self._most >= _MANY and self._last <= clients <= self._most // 4
+        if have_left and self._clock() - self._given_at >= _SECONDS:
             self._most = clients
             self._give_back()
+            self._given_at = self._clock()
         self._last = clients

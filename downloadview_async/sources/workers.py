@@ -2,7 +2,7 @@
 
 import math
 import threading
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable
 from contextlib import ExitStack
 from time import monotonic
@@ -35,10 +35,11 @@ STUCK_DISK = 0.8
 
 
 class Longest(NamedTuple):
-    """For how many seconds a call to a disk may go on before an answer has begun. Then the disk hangs for such calls.
+    """For how many seconds a call to a disk may go on before an answer has begun. After that, the call hangs.
 
-    From then on, they get `stuck` seconds each, until one of them ends. A disk that spins up needs the many seconds; a
-    disk that has not answered in them does not need them once more for each request.
+    If no such call has ended meanwhile, the disk hangs: later ones get `stuck` seconds each, until one of them ends. A
+    disk that spins up needs the many seconds; a disk that has not answered in them does not need them once more for
+    each request.
     """
 
     call: str
@@ -179,6 +180,7 @@ class Workers:
         self.slots = Slots(limit, patience=patience, stuck=stuck)
         self._stuck = stuck
         self._hung: set[Longest] = set()
+        self._ended: Counter[Longest] = Counter()
 
     async def run(self, function: Callable[[*Ts], T], *args: *Ts, patience: float | None = None) -> T:
         """Return what `function(*args)` returns in a worker thread. A cancelled caller waits for the call to end.
@@ -210,7 +212,8 @@ class Workers:
                 seconds = math.inf
             else:
                 seconds = min(longest.seconds, self._stuck) if longest in self._hung else longest.seconds
-                slot.callback(self._hung.discard, longest)  # when the call has ended, even if nobody waits any more
+                slot.callback(self._note_end, call, longest)  # when the call has ended, even if nobody waits any more
+            ended = self._ended[longest] if longest is not None else 0
             with anyio.move_on_after(seconds):
                 try:
                     await anyio.to_thread.run_sync(call.work, limiter=unlimited(), abandon_on_cancel=True)
@@ -218,9 +221,15 @@ class Workers:
                     call.abandon(slot)
                     raise
                 return call.results[0]
-            if longest is not None:
+            if longest is not None and self._ended[longest] == ended:
                 self._hung.add(longest)
             raise SourceUnavailable(f"the disk has not answered for {seconds:g} seconds: look at what it waits for")
+
+    def _note_end(self, call: "_Call[Any]", longest: Longest) -> None:
+        """Note that a call has ended, so the disk does not hang, unless the call was left before it had begun."""
+        if call.has_begun:
+            self._ended[longest] += 1
+            self._hung.discard(longest)
 
 
 class _Call(Generic[T]):
@@ -228,6 +237,7 @@ class _Call(Generic[T]):
 
     def __init__(self, function: Callable[..., T], args: tuple[Any, ...], discard: Callable[[T], object]) -> None:
         self.results: list[T] = []
+        self.has_begun = False
         self._function = function
         self._args = args
         self._discard = discard
@@ -239,6 +249,7 @@ class _Call(Generic[T]):
         """Make the call. Runs in a worker thread."""
         if not self._moves_on("waiting", "running"):
             return
+        self.has_begun = True
         try:
             self.results.append(self._function(*self._args))
         finally:

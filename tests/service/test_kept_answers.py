@@ -903,8 +903,9 @@ async def test_a_kept_answer_takes_part_in_the_limit_of_transfers(directory: Pat
         assert await client.kept()
 
 
-async def test_limits_of_a_kept_answer_know_the_client_of_a_proxy(directory: Path) -> None:
-    text = FILES + LIMITED.format(limits='requests = "3/hour"')
+@pytest.mark.parametrize("more", ["", "[server]\naccess_log = false\n"], ids=["counted", "uncounted"])
+async def test_limits_of_a_kept_answer_know_the_client_of_a_proxy(directory: Path, more: str) -> None:
+    text = FILES + LIMITED.format(limits='requests = "3/hour"') + more
     async with client_of(directory, text) as client:
         found = []
         for number in (1, 2, 1, 2, 1, 2, 1, 2, 3):

@@ -1,6 +1,7 @@
 """Memory after many clients have left."""
 
 import ctypes
+import itertools
 import os
 import re
 import socket
@@ -35,10 +36,21 @@ MIB = 1 << 20
 )
 def test_memory_is_given_back_when_three_of_four_clients_have_left(clients: list[int], times: int) -> None:
     given: list[int] = []
-    memory = SpareMemory(lambda: given.append(1))
+    memory = SpareMemory(lambda: given.append(1), clock=itertools.count(0, 10).__next__)
     for count in clients:
         memory.look(count)
     assert len(given) == times
+
+
+def test_memory_is_given_back_seldom_where_clients_come_and_go_quickly() -> None:
+    given: list[float] = []
+    now = 0.0
+    memory = SpareMemory(lambda: given.append(now), clock=lambda: now)
+    for step in range(300):  # 30 seconds
+        now = step / 10
+        memory.look((256, 0, 0)[step % 3])
+    assert len(given) == 3
+    assert all(later - earlier >= 10 for earlier, later in itertools.pairwise(given))
 
 
 def resident(server: Server) -> int:
