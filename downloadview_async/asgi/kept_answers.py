@@ -9,9 +9,9 @@ missing, the application answers as if nothing had been kept. Each answer has it
 A request may get a kept answer only if it has none of the fields in `DECIDING`. An answer may be kept only if access,
 counts of links, a query, digests, and middleware of an application have no part in it. Limits may have one if they are
 counted in memory and by addresses, have no rate, and let nobody wait: they count each small answer that is given again.
-If one of them would refuse it, the application does that. `downloadview serve` knows all
-middleware around its routes, so it gives its server a `KeptAnswers`, which the server offers in the scope of each
-request. Other applications are offered none.
+If one of them is reached, the application answers. `downloadview serve` knows all middleware around its routes, so it
+gives its server a `KeptAnswers`, which the server offers in the scope of each request. Other applications are offered
+none.
 """
 
 import time
@@ -35,7 +35,7 @@ from downloadview_async.http import content_types
 from downloadview_async.http.metadata import ByteRange, FileMetadata
 from downloadview_async.http.plan import Plan, is_shown_for_good
 from downloadview_async.http.request import FIELDS, GET
-from downloadview_async.policy.limits.at_once import are_immediate, count_at_once
+from downloadview_async.policy.limits.at_once import are_immediate, count_at_once, have_room
 from downloadview_async.policy.limits.limits import TRANSFERS, Limits, Transfers, version_name
 from downloadview_async.sources.base import AsyncFile
 from downloadview_async.sources.local.open_file import OpenLocalFile, local_of, open_nowait
@@ -113,16 +113,17 @@ class KeptAnswer:
         local.close()
         return None
 
-    def is_admitted(self, scope: Scope) -> bool:
-        """Count a request in the limits, or return False and count nothing if one of them may refuse it.
+    def may_be_had(self, scope: Scope) -> bool:
+        """Return whether the limits have room for a request, apart from quotas. scope: see `KeptAnswers.identify`."""
+        return not self.limits or have_room(self.limits, _address_in(scope))
 
-        scope: as `KeptAnswers.identify` leaves it.
-        """
+    def is_counted(self, scope: Scope) -> bool:
+        """Count a request in the limits, which have room. Return False, and count nothing, if a quota is used up."""
         if not self.limits:
             return True
         assert self.metadata.size is not None
-        client, version = scope.get("client"), version_name(self.path, self.metadata)
-        return count_at_once(self.limits, client[0] if client else None, version, self.metadata.size)
+        version = version_name(self.path, self.metadata)
+        return count_at_once(self.limits, _address_in(scope), version, self.metadata.size)
 
     def note(self, account: Account) -> None:
         """Note the facts of the answer for its outcome."""
@@ -292,6 +293,11 @@ class KeptAnswers:
         if outcome is not None:  # without what only this client has sent
             answer.outcome = outcome.again("", client=None, headers=(), first_byte=0, seconds=0)
         account.leave()  # ends it if the client has left
+
+
+def _address_in(scope: Scope) -> str | None:
+    client = scope.get("client")
+    return client[0] if client else None
 
 
 async def _send_nothing(message: Message) -> None:

@@ -543,16 +543,20 @@ class DownloadProtocol(HttpToolsProtocol):
             or self.paced_at is not None
             or self.flow.write_paused
             or (lines := lines_of(self.server_state.default_headers)) is None
-            or (body := answers.body_of(self.url, answer)) is None
         ):
             return False
         began = monotonic()
         scope: Any = self.scope
         before = scope["client"], scope["scheme"]
-        self.request_id = request_id = answers.identify(scope)
-        if not answer.is_admitted(scope):
-            scope["client"], scope["scheme"] = before
+        request_id = answers.identify(scope)
+        if (
+            not answer.may_be_had(scope)
+            or (body := answers.body_of(self.url, answer)) is None
+            or not answer.is_counted(scope)
+        ):
+            scope["client"], scope["scheme"] = before  # the application believes the proxy anew
             return False
+        self.request_id = request_id
         line = b""
         if request_id is not None and answers.sends_request_id:
             line = b"%s: %s\r\n" % (REQUEST_ID, request_id.encode())

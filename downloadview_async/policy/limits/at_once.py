@@ -16,19 +16,25 @@ def are_immediate(limits: Sequence[Limits | SourceLimit]) -> TypeGuard[Sequence[
     return all(isinstance(one, Limits) and one.is_immediate for one in limits)
 
 
+def have_room(limits: Sequence[Limits], address: str | None) -> bool:
+    """Return whether a client at an address may send one more request now, apart from quotas. Nothing is counted."""
+    return all(one.has_room(address) for one in limits)
+
+
 def count_at_once(limits: Sequence[Limits], address: str | None, version: str, size: int) -> bool:
     """Count a request whose answer is a whole file of `size` bytes, and leaves at once.
 
-    address: of the client. version: see `Limits.spend`. Return False, and count nothing, if one of them may refuse it.
+    Call it where `have_room` has just returned True. address: of the client. version: see `Limits.spend`. Return False,
+    and count nothing, if a quota is used up.
     """
-    taken: list[Transfer] = []
+    charged: list[Transfer] = []
     for one in limits:
-        transfer = one.take_at_once(address, version, size)
+        transfer = one.charge_at_once(address, version, size)
         if transfer is None:
-            for other in taken:
+            for other in charged:
                 other.limits.end(other, 0, is_complete=False)
             return False
-        taken.append(transfer)
-    for one, transfer in zip(limits, taken, strict=True):
-        one.count_at_once(transfer)
+        charged.append(transfer)
+    for one, transfer in zip(limits, charged, strict=True):
+        one.settle(transfer)
     return True

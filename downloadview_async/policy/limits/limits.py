@@ -197,15 +197,18 @@ class Limits:
         """Whether an answer that leaves at once is counted without a wait, and has no rate: see `count_at_once`."""
         return self._memory is not None and self._client_of is address_client and not (self.is_paced or self.queues)
 
-    def take_at_once(self, address: str | None, version: str, size: int) -> "Transfer | None":
-        """Return what a request takes whose answer, a whole file, leaves at once; None: a limit may refuse it.
+    def has_room(self, address: str | None) -> bool:
+        """Return whether a client at an address may send one more request now, apart from quotas. Count nothing."""
+        assert self._memory is not None
+        return self._memory.has_room(self._key_of(address), self._window, self.concurrent)
 
-        Its quotas are charged, and its window is not: `count_at_once` follows, or `end`.
+    def charge_at_once(self, address: str | None, version: str, size: int) -> "Transfer | None":
+        """Charge the quotas for an answer, a whole file, that leaves at once. Return None if one of them is used up.
+
+        Then nothing is charged. `settle` follows, or `end`.
         """
         memory, transfer = self._memory, Transfer(self, self._key_of(address))
         assert memory is not None
-        if not memory.has_room(transfer.client, self._window, self.concurrent):
-            return None
         if self._quotas and size:
             costs = self._costs(transfer, version, size, (ByteRange(0, size),), size)
             if memory.spend_nowait(transfer.client, costs, transfer.parts, transfer.spent_at) is not None:
@@ -213,8 +216,8 @@ class Limits:
             transfer.is_charged = True
         return transfer
 
-    def count_at_once(self, transfer: "Transfer") -> None:
-        """Count a request of which `take_at_once` has returned what it takes: its answer is leaving."""
+    def settle(self, transfer: "Transfer") -> None:
+        """Count a request for which `charge_at_once` has charged the quotas: its answer leaves."""
         assert self._memory is not None
         if self._window is not None:
             self._memory.admit_nowait(transfer.client, self._window, None, None)
