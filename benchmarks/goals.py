@@ -118,7 +118,7 @@ PRODUCT = [
     ),
     _at_least("Django 10 KiB requests/s, against Starlette", *_ratio("rps_10k", "ours-django", "ours"), 0.5),
     _at_least(
-        "JSON log, metrics, limits and counted downloads, against none",
+        "JSON log, metrics, limits, counts, against none",
         *_ratio("rps_10k", "serve-counted", "serve-quiet"),
         0.85,
     ),

@@ -68,7 +68,7 @@ PRODUCTS: Mapping[str, tuple[str, Product]] = {
     "serve-metrics": ("metrics", Product(tables=_METRICS)),
     "serve-limits": ("limits", Product(tables=_LIMITS)),
     "serve-accounts": ("counted downloads", Product(tables=_ACCOUNTS)),
-    "serve-counted": ("the four before this one", Product(tables=_COUNTED)),
+    "serve-counted": ("JSON log, metrics, limits, counts", Product(tables=_COUNTED)),
     "serve-hide": ("names that are hidden", Product(route=_HIDE)),
     "serve-signed": ("a signed link", Product(tables=_LINKS, route='access = ["signed"]\n')),
     "serve-hooked": ("behind a function", Product(route='access = ["hook:rules:allowed"]\n')),
