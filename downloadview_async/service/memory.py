@@ -30,7 +30,7 @@ def give_back() -> None:
 
 
 class SpareMemory:
-    """Looks how many clients there are, and gives memory back when three of four have left and no more are leaving.
+    """Watches the number of clients, and gives memory back when three of four have left and no more are leaving.
 
     clock: gives a time in seconds.
     """
