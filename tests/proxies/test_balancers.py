@@ -226,6 +226,27 @@ async def test_only_what_may_be_repeated_is_sent_to_another_replica(tmp_path: Pa
                 assert answer.status == 405
 
 
+@pytest.mark.parametrize("balancer", BALANCERS)
+async def test_every_file_is_had_while_one_of_two_replicas_fails(tmp_path: Path, balancer: str) -> None:
+    """The hash of each file names a first replica and, if that one fails, others: maybe the same one a few times."""
+    asked = 0
+
+    async def ending(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        nonlocal asked
+        head = await reader.readuntil(b"\r\n\r\n")
+        if b" /-/" in head:
+            writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\nConnection: close\r\n\r\n")
+        else:
+            asked += 1
+        writer.close()
+
+    async with fleet(tmp_path, balancer) as site, answering(ending) as bad:
+        async with balanced(balancer, [bad, site.ports[0]], site.settings) as port:
+            statuses = Counter([(await ask(port, f"/files/{name}", method="HEAD")).status for name in range(300)])
+        assert statuses == {200: 300}
+        assert asked  # HAProxy and nginx leave the replica alone after a while
+
+
 @pytest.mark.parametrize("root_path", ["", "/dl.x"])
 @pytest.mark.parametrize("balancer", ["haproxy", "envoy"])
 async def test_what_no_client_may_do(tmp_path: Path, balancer: str, root_path: str) -> None:
