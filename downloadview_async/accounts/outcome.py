@@ -89,6 +89,7 @@ class Outcome:
         request_id: str,
         *,
         client: str | None,
+        link_id: str | None,
         headers: tuple[Header, ...] | list[Header],
         first_byte: float,
         seconds: float,
@@ -107,7 +108,7 @@ class Outcome:
         outcome.etag = self.etag
         outcome.size = self.size
         outcome.user = self.user
-        outcome.link_id = self.link_id
+        outcome.link_id = link_id
         outcome.status = self.status
         outcome.kind = self.kind
         outcome.spans = self.spans

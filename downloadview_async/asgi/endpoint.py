@@ -346,11 +346,14 @@ class Download(_Endpoint):
         self.attachment = attachment
         self.redirect = redirect
         self.offload = offload
-        # Otherwise the path of the URL and the file decide each answer to a GET without a query: see `KeptAnswers`.
+        # Otherwise the path of the URL and the file decide each answer to a GET whose query has a link, where there are
+        # links, and nothing else: see `KeptAnswers`.
+        only = self.access[0] if self._has_links_alone else None
+        self._links = only if isinstance(only, SignedLinks) and only.is_immediate else None
         has_rules = (
-            self.access
+            (self.access and self._links is None)
             or not are_immediate(self.limits)
-            or redirect is not None
+            or not (redirect is None or getattr(redirect, "is_quick", False))
             or digests is not None
             or callable(key)
         )
@@ -361,7 +364,12 @@ class Download(_Endpoint):
     def _kept_answers_for(self, scope: Scope) -> KeptAnswers | None:
         """Return where the answer to a request may be kept: see `KeptAnswers`."""
         kept: KeptAnswers | None = (scope.get("extensions") or {}).get(KEPT_ANSWERS)
-        if kept is None or scope["method"] != "GET" or scope["query_string"] or GRANT in scope:
+        if kept is None or scope["method"] != "GET" or TOGETHER in scope:
+            return None
+        if self._links is None:
+            if scope["query_string"] or GRANT in scope:
+                return None
+        elif not self._links.is_plain(scope[GRANT], scope["query_string"]):
             return None
         if TRANSFERS in scope and not self.limits:  # those of a middleware
             return None
@@ -403,7 +411,7 @@ class Download(_Endpoint):
                 return await checksum_response(wanted, self.digests, key, file, scope)
             response = self._response(file, key, grant, scope, is_pdf=view == "pdf")
             if self._is_simple:
-                response.kept_answers = self._kept_answers_for(scope)
+                response.kept_answers, response.links = self._kept_answers_for(scope), self._links
         except FileMissing as exc:
             if missing is None:
                 raise

@@ -2,39 +2,44 @@
 
 If the target of a GET and the file decide an answer alone, `Download` has it kept here, and the next GET of that target
 gets it from `DownloadProtocol` at once: there is no task, no scope for the application, no routing and no decision. If
-the kernel sends the file, there is a task, and the answer takes the place of the application. In any case, the file is
-described by its name each time, and its bytes are read. If it has changed, cannot be read without waiting, or is
-missing, the application answers as if nothing had been kept. Each answer has its `Outcome`, too.
+only links are needed for a file, and their signer has no store, the answer to one link is given to all valid links to
+the file that change nothing in it; each is verified. A redirect is kept in the same way, and its place is signed each
+time. If the kernel sends the file, there is a task, and the answer takes the place of the application. In any case, the
+file is described by its name each time, and its bytes are read. If it has changed, cannot be read without waiting, or
+is missing, the application answers as if nothing had been kept. Each answer has its `Outcome`, too.
 
-A request may get a kept answer only if it has none of the fields in `DECIDING`. An answer may be kept only if access,
-counts of links, a query, digests, and middleware of an application have no part in it. Limits may have one if they are
-counted in memory and by addresses, have no rate, and let nobody wait: they count each small answer that is given again.
-If one of them is reached, the application answers. `downloadview serve` knows all middleware around its routes, so it
-gives its server a `KeptAnswers`, which the server offers in the scope of each request. Other applications are offered
-none.
+A request may get a kept answer only if it has none of the fields in `DECIDING`. An answer may be kept only if other
+access, counts of links, another query, digests, and middleware of an application have no part in it. Limits may have
+one if they are counted in memory and by addresses, have no rate, and let nobody wait: they count each small answer that
+is given again. If one of them is reached, the application answers. `downloadview serve` knows all middleware around its
+routes, so it gives its server a `KeptAnswers`, which the server offers in the scope of each request. Other applications
+are offered none.
 """
 
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from time import monotonic
-from typing import Any
+from typing import Any, ClassVar
 
 from starlette.types import Message, Receive, Scope, Send
 
 from downloadview_async.accounts.facts import ACCOUNT, Facts
 from downloadview_async.accounts.outcome import Header, Outcome
 from downloadview_async.asgi.accounts import Account, Accounts, hold_accounts, route_of
-from downloadview_async.asgi.delivery import Chunks, Descriptor, Inline, Offloaded, bytes_of, deliver
+from downloadview_async.asgi.delivery import Chunks, Descriptor, Inline, Offloaded, Redirected, bytes_of, deliver
 from downloadview_async.asgi.extensions import CONNECTION, PREPARED, REQUEST_ID, SEND_LATER
-from downloadview_async.asgi.prepared_head import PreparedHead
+from downloadview_async.asgi.prepared_head import PreparedHead, is_value
 from downloadview_async.asgi.send_later import SendLater
 from downloadview_async.errors import FileError
 from downloadview_async.http import content_types
 from downloadview_async.http.metadata import ByteRange, FileMetadata
 from downloadview_async.http.plan import Plan, is_shown_for_good
 from downloadview_async.http.request import FIELDS, GET
+from downloadview_async.offload.base import Redirect, headers_at_once, is_checked
+from downloadview_async.policy.access import SignedLinks
+from downloadview_async.policy.grants import Grant
 from downloadview_async.policy.limits.at_once import are_immediate, count_at_once, have_room
 from downloadview_async.policy.limits.limits import TRANSFERS, Limits, Transfers, version_name
 from downloadview_async.sources.base import AsyncFile
@@ -47,6 +52,8 @@ DECIDING = (FIELDS - {b"accept-encoding"}) | {b"expect"}
 """The fields of a request, in lower case, by which its answer may differ from one that is kept."""
 
 _DECIDING_OR_BODY = DECIDING | {b"content-length", b"transfer-encoding"}
+
+_PUBLIC = Grant()
 
 MAX_ANSWERS = 1024
 """How many answers are kept. The one that was kept first makes room for another one."""
@@ -61,19 +68,24 @@ MAX_HEAD = 1024
 """Bytes of the longest head that is known."""
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, kw_only=True)
 class KeptAnswer:
     """An answer as it can be given again, apart from the bytes of its file.
 
-    path, route, source, name, proxy: facts for its outcome. limits: those that count it. delivery: without the bytes of
-    the body; the plan of an answer that the kernel sends from the file. outcome: that of a request that has got it
-    whole at once, without what its client has sent; None before there is one.
+    target: the path of its URL, as clients send it. links: those that the request needs, whose verdict depends on that
+    path. path, route, source, name, proxy: facts for its outcome. limits: those that count it. delivery: without the
+    bytes of the body; the plan of an answer that the kernel sends from the file. outcome: that of a request that has
+    got it whole at once, without what its client has sent; None before there is one.
     """
 
+    status: ClassVar[int] = 200
+
+    target: bytes
+    links: SignedLinks | None
     file: AsyncFile
     metadata: FileMetadata
     head: PreparedHead
-    delivery: Inline | Offloaded | Plan
+    delivery: Inline | Offloaded | Redirected | Plan
     path: str
     route: str | None
     source: str | None
@@ -83,19 +95,24 @@ class KeptAnswer:
     limits: Sequence[Limits]
     outcome: Outcome | None = None
 
-    def body(self) -> bytes | None:
-        """Return the body, or None if the answer has to be made anew."""
+    def grant_for(self, query: bytes, scope: Scope) -> Grant | None:
+        """Return what a request may have, or None: the application decides. scope: see `KeptAnswers.identify`."""
+        return _PUBLIC if self.links is None else self.links.grant_at_once(self.target, query, _address_in(scope))
+
+    def response(self) -> tuple[bytes, bytes] | None:
+        """Return the lines of the head, and the body, or None if the answer has to be made anew."""
         if (local := self.open()) is None:
             return None
         try:
             delivery = self.delivery
             if type(delivery) is not Inline or delivery.span is None:
-                return b""
-            return bytes_of(local, delivery.span, is_fresh=True)
+                return self.head.lines, b""
+            body = bytes_of(local, delivery.span, is_fresh=True)
         except FileError:
             return None
         finally:
             local.close()
+        return None if body is None else (self.head.lines, body)
 
     def open(self) -> OpenLocalFile | None:
         """Return the open file, which the caller closes, or None if the answer has to be made anew."""
@@ -125,12 +142,18 @@ class KeptAnswer:
         version = version_name(self.path, self.metadata)
         return count_at_once(self.limits, _address_in(scope), version, self.metadata.size)
 
-    def note(self, account: Account) -> None:
-        """Note the facts of the answer for its outcome."""
+    def note_grant(self) -> None:
+        """Count the link of a request that is about to get the answer."""
+        if self.links is not None:
+            self.links.note_verified()
+
+    def note(self, account: Account, grant: Grant) -> None:
+        """Note the facts of the answer to a request with a grant for its outcome."""
+        account.link_id = grant.link_id
         account.route, account.source, account.proxy = self.route, self.source, self.proxy
         account.describe(self.name, self.metadata.etag, self.metadata.size)
 
-    async def send(self, local: OpenLocalFile, scope: Scope, receive: Receive, send: Send) -> None:
+    async def send(self, local: OpenLocalFile, grant: Grant, scope: Scope, receive: Receive, send: Send) -> None:
         """Send the open file, and close it: the answer leaves from its descriptor."""
         plan, head = self.delivery, self.head
         assert isinstance(plan, Plan)
@@ -139,7 +162,7 @@ class KeptAnswer:
         later: SendLater | None = scope["extensions"].get(SEND_LATER)
         account: Account | None = scope.get(ACCOUNT)
         if account is not None:
-            self.note(account)
+            self.note(account, grant)
         start = {"type": "http.response.start", "status": 200, "headers": [*head.headers], PREPARED: head}
         try:
             await deliver(
@@ -155,6 +178,39 @@ class KeptAnswer:
             later.accounts = hold_accounts(account, None)
 
 
+@dataclass(slots=True, kw_only=True)
+class KeptRedirect(KeptAnswer):
+    """A redirect as it can be given again, to a place that is made each time.
+
+    redirect: what makes the place, from what it gets: `described`. form: the lines of the head, with `%s` in place of
+    the values of the fields `made`, in their order.
+    """
+
+    status: ClassVar[int] = 307
+
+    redirect: Redirect
+    described: Mapping[str, str]
+    form: bytes
+    made: tuple[str, ...]
+
+    def response(self) -> tuple[bytes, bytes] | None:
+        """Return the lines of the head, and no body, or None if the answer has to be made anew."""
+        if is_checked(self.redirect):
+            if (local := self.open()) is None:
+                return None
+            local.close()
+        elif self.type_changes != content_types.changes:
+            return None
+        try:
+            headers = headers_at_once(self.redirect, self.file, self.described)
+        except FileError:
+            return None
+        if headers is None or len(headers) != len(self.made):
+            return None
+        values = tuple([value.encode("latin-1") for value in map(headers.get, self.made) if isinstance(value, str)])
+        return (self.form % values, b"") if len(values) == len(headers) and all(map(is_value, values)) else None
+
+
 class KeptAnswers:
     """The answers that an application lets its server give again, by the targets of their requests.
 
@@ -166,6 +222,7 @@ class KeptAnswers:
         """Counts the answers, if the application has one."""
         self._locate = locate
         self._answers: dict[bytes, KeptAnswer] = {}
+        self._linked: dict[bytes, KeptAnswer] = {}  # those that need a link
         self._large: dict[bytes, KeptAnswer] = {}  # those that the kernel sends from a file
         self._heads: dict[bytes, tuple[bytes, list[Header]]] = {}
 
@@ -177,39 +234,99 @@ class KeptAnswers:
         head: PreparedHead,
         delivery: Inline | Offloaded | Descriptor,
         facts: Facts | None,
+        links: SignedLinks | None,
     ) -> None:
-        """Keep the answer to the request with this scope, a plain GET, unless something else has a part in it."""
-        target, kept = scope["raw_path"], delivery.otherwise.plan if isinstance(delivery, Descriptor) else delivery
-        answers = self._large if isinstance(kept, Plan) else self._answers
-        if scope["root_path"] or REQUEST_ID in head.lines or metadata.headers or metadata.digests:
-            return
+        """Keep the answer to the request with this scope, a plain GET, unless something else has a part in it.
+
+        links: those without which nobody gets it.
+        """
+        kept = delivery.otherwise.plan if isinstance(delivery, Descriptor) else delivery
         transfers: Transfers | None = scope.get(TRANSFERS)
         limits = [] if transfers is None else transfers.limits
-        if len(target) > MAX_TARGET or not are_immediate(limits) or (limits and not isinstance(kept, Inline)):
+        if metadata.digests or not are_immediate(limits) or (limits and not isinstance(kept, Inline)):
             return
+        self._keep(
+            KeptAnswer(
+                delivery=replace(kept, body=b"") if isinstance(kept, Inline) else kept,
+                limits=limits,
+                file=file,
+                metadata=metadata,
+                head=head,
+                links=links,
+                **_facts_of(scope, facts),
+            ),
+            scope,
+        )
+
+    def keep_redirect(
+        self,
+        scope: Scope,
+        file: AsyncFile,
+        metadata: FileMetadata,
+        headers: Sequence[Header],
+        redirect: Redirect,
+        described: Mapping[str, str],
+        made: Mapping[str, str | tuple[str, ...]],
+        facts: Facts | None,
+        links: SignedLinks | None,
+    ) -> None:
+        """Keep the redirect that answers the request with this scope, a plain GET, unless something else decides it.
+
+        headers: all of them. made: those of them that `redirect`, a `QuickRedirect`, has made for `described`.
+        """
+        names = [name.encode("latin-1") for name in made]
+        fields = [name for name, _ in headers]
+        head = PreparedHead.of(headers)
+        if TRANSFERS in scope or head is None or any(fields.count(name) != 1 for name in names):
+            return
+        if not is_shown_for_good(metadata.last_modified, time.time()):
+            return
+        self._keep(
+            KeptRedirect(
+                delivery=Redirected(),
+                limits=(),
+                redirect=redirect,
+                described=described,
+                form=b"".join(
+                    [
+                        _escaped(name) + b": " + (b"%s" if name in names else _escaped(value)) + b"\r\n"
+                        for name, value in headers
+                    ]
+                ),
+                made=tuple([name.decode("latin-1") for name in fields if name in names]),
+                file=file,
+                metadata=metadata,
+                head=head,
+                links=links,
+                **_facts_of(scope, facts),
+            ),
+            scope,
+        )
+
+    def _keep(self, answer: KeptAnswer, scope: Scope) -> None:
+        target = answer.target
+        if scope["root_path"] or REQUEST_ID in answer.head.lines or answer.metadata.headers or len(target) > MAX_TARGET:
+            return
+        answers = self._answers_like(answer)
         answers.pop(target, None)
         while len(answers) >= MAX_ANSWERS:
             del answers[next(iter(answers))]
-        answers[target] = KeptAnswer(
-            file=file,
-            metadata=metadata,
-            head=head,
-            delivery=replace(kept, body=b"") if isinstance(kept, Inline) else kept,
-            path=scope["path"],
-            route=route_of(scope) if facts is None or facts.route is None else facts.route,
-            source=None if facts is None else facts.source,
-            name=None if facts is None else facts.name,
-            proxy=None if facts is None else facts.proxy,
-            type_changes=content_types.changes,
-            limits=limits,
-        )
+        answers[target] = answer
+
+    def _answers_like(self, answer: KeptAnswer) -> dict[bytes, KeptAnswer]:
+        if isinstance(answer.delivery, Plan):
+            return self._large
+        return self._answers if answer.links is None else self._linked
 
     def __len__(self) -> int:
-        return len(self._answers)
+        return len(self._answers) + len(self._linked)
 
     def get(self, target: bytes) -> KeptAnswer | None:
         """Return the answer that is kept for a target in origin-form, if there is one."""
-        return self._answers.get(target)
+        answer = self._answers.get(target)
+        if answer is None and self._linked and (end := target.find(b"?")) > 0:
+            return self._linked.get(target[:end])
+        return answer
 
     def keep_head(self, head: bytes, target: bytes, headers: list[Header]) -> None:
         """Know from now on that the head of a request, which is the whole of it, asks for what is kept for a target."""
@@ -223,12 +340,15 @@ class KeptAnswers:
         """Return the target and the header fields of a head that is known. Nobody may change them."""
         return self._heads.get(head)
 
-    def body_of(self, target: bytes, answer: KeptAnswer) -> bytes | None:
-        """Return the body of a kept answer, or forget the answer and return None: the application has to answer."""
-        body = answer.body()
-        if body is None:
-            self._answers.pop(target, None)
-        return body
+    def response_of(self, answer: KeptAnswer) -> tuple[bytes, bytes] | None:
+        """Return the lines of the head and the body of a kept answer.
+
+        None: the answer is forgotten, and the application has to answer.
+        """
+        response = answer.response()
+        if response is None:
+            self._answers_like(answer).pop(answer.target, None)
+        return response
 
     def answer(self, scope: Scope, receive: Receive, send: Send) -> Awaitable[None] | None:
         """Return a coroutine that sends the file that is kept for a request, or None: the application has to answer.
@@ -236,18 +356,21 @@ class KeptAnswers:
         scope: of the request, as the application would get it.
         """
         target: bytes = scope.get("raw_path", b"")
+        query: bytes = scope.get("query_string", b"")
         if (
             (answer := self._large.get(target)) is None
+            or (answer.links is None) is not (not query)
             or scope["method"] != "GET"
-            or scope["query_string"]
             or KEPT_ANSWERS not in scope.get("extensions", ())
             or not _DECIDING_OR_BODY.isdisjoint(dict(scope["headers"]))
+            or (grant := answer.grant_for(query, scope)) is None
         ):
             return None
         if (local := answer.open()) is None:
             del self._large[target]
             return None
-        give = partial(answer.send, local)
+        answer.note_grant()
+        give = partial(answer.send, local, grant)
         return give(scope, receive, send) if self.accounts is None else self.accounts(scope, receive, send, give)
 
     @property
@@ -264,10 +387,13 @@ class KeptAnswers:
         self._locate(scope)
         return None if self.accounts is None else self.accounts.identify(scope)
 
-    def count(self, answer: KeptAnswer, scope: dict[str, Any], request_id: str, began: float, body: bytes) -> None:
+    def count(
+        self, answer: KeptAnswer, grant: Grant, scope: dict[str, Any], request_id: str, began: float, body: bytes
+    ) -> None:
         """Count a kept answer that the server has just sent.
 
-        request_id: what `identify` has returned for its scope. began: the time before it was sent, of `monotonic`.
+        grant, request_id: what `grant_for` and `identify` have returned for the scope. began: the time before it was
+        sent, of `monotonic`.
         """
         accounts = self.accounts
         assert accounts is not None
@@ -277,6 +403,7 @@ class KeptAnswers:
                 last.again(
                     request_id,
                     client=client[0] if client else None,
+                    link_id=grant.link_id,
                     headers=scope["headers"],
                     first_byte=seconds,
                     seconds=seconds,
@@ -285,14 +412,30 @@ class KeptAnswers:
             return
         scope["method"], scope["path"] = "GET", answer.path
         account = accounts.begin(scope, _send_nothing, request_id=request_id)
-        answer.note(account)
+        answer.note(account, grant)
         delivery = answer.delivery
-        account.deliver(Inline(body, delivery.span) if isinstance(delivery, Inline) else delivery, 200)
-        account.begin(200, answer.head.headers)
+        account.deliver(Inline(body, delivery.span) if isinstance(delivery, Inline) else delivery, answer.status)
+        account.begin(answer.status, answer.head.headers)
         outcome = account.take_whole(len(body))
         if outcome is not None:  # without what only this client has sent
-            answer.outcome = outcome.again("", client=None, headers=(), first_byte=0, seconds=0)
+            answer.outcome = outcome.again("", client=None, link_id=None, headers=(), first_byte=0, seconds=0)
         account.leave()  # ends it if the client has left
+
+
+def _facts_of(scope: Scope, facts: Facts | None) -> dict[str, Any]:
+    return {
+        "target": scope["raw_path"],
+        "path": scope["path"],
+        "route": route_of(scope) if facts is None or facts.route is None else facts.route,
+        "source": None if facts is None else facts.source,
+        "name": None if facts is None else facts.name,
+        "proxy": None if facts is None else facts.proxy,
+        "type_changes": content_types.changes,
+    }
+
+
+def _escaped(line: bytes) -> bytes:
+    return line.replace(b"%", b"%%")
 
 
 def _address_in(scope: Scope) -> str | None:

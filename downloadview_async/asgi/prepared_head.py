@@ -12,7 +12,12 @@ _VALUE = re.compile(rb"[^\x00-\x08\x0a-\x1f\x7f]*")
 
 def is_ordinary(name: bytes, value: bytes) -> bool:
     """Return whether a header is valid, in lower case [RFC 9110 5.1, 5.5], and not about the connection."""
-    return bool(_NAME.fullmatch(name) and _VALUE.fullmatch(value))
+    return bool(_NAME.fullmatch(name) and is_value(value))
+
+
+def is_value(value: bytes) -> bool:
+    """Return whether a value of a header is valid [RFC 9110 5.5]."""
+    return _VALUE.fullmatch(value) is not None
 
 
 @dataclass(frozen=True, slots=True)

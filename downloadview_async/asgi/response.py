@@ -62,10 +62,12 @@ from downloadview_async.offload.base import (
     OffloadBackend,
     Redirect,
     RedirectHeaders,
+    is_checked,
     rated,
     signed,
 )
 from downloadview_async.offload.decision import Refusal, is_remote_order, refusal, refusal_once_open
+from downloadview_async.policy.access import SignedLinks
 from downloadview_async.policy.grants import GRANT, Grant
 from downloadview_async.policy.limits.limits import TRANSFERS
 from downloadview_async.policy.uses import TOGETHER, USE
@@ -158,6 +160,8 @@ class DownloadResponse(Response):
         self.digest_name = ""
         self.kept_answers: KeptAnswers | None = None
         """Where the answer may be kept, because the target of the request and the file decide it: set by `Download`."""
+        self.links: SignedLinks | None = None
+        """The links without which nobody gets the answer that is kept, if it needs one: set by `Download`."""
         self.raw_headers = list(checked_headers(tuple(headers.items()))) if headers else []
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -372,7 +376,7 @@ class DownloadResponse(Response):
             start[PREPARED] = answer.head
             is_all = len(start["headers"]) == len(answer.head.headers)
             if self.kept_answers is not None and keep and is_all and isinstance(delivery, _KEPT):
-                self.kept_answers.keep(scope, self.file, metadata, answer.head, delivery, facts)
+                self.kept_answers.keep(scope, self.file, metadata, answer.head, delivery, facts, self.links)
         later: SendLater | None = extensions.get(SEND_LATER)
         if receive is None or type(delivery) is not Descriptor or not self._may_send_later(scope):
             later = None
@@ -406,11 +410,11 @@ class DownloadResponse(Response):
         if TRANSFERS in scope and scope[TRANSFERS].may_wait:
             return False
         try:
-            opened = open_nowait(self.file, HEAD) if _is_checked(redirect) else None
+            opened = open_nowait(self.file, HEAD) if is_checked(redirect) else None
         except FileError:
             return False  # opened again, for its answer
         local = None if opened is None else local_of(opened)
-        if local is None and _is_checked(redirect):
+        if local is None and is_checked(redirect):
             return False
         with nullcontext() if local is None else closing(local):
             try:
@@ -425,7 +429,7 @@ class DownloadResponse(Response):
 
     async def _redirection(self, scope: Scope) -> Answer | None:
         """Return the answer that redirects the client, or None: send the file. Raises `FileError`."""
-        if not _is_checked(self.redirect):
+        if not is_checked(self.redirect):
             return await self._redirection_of(None, scope)
         async with self.file.open(HEAD) as opened:
             return await self._redirection_of(opened, scope)
@@ -453,7 +457,16 @@ class DownloadResponse(Response):
         single = {name: value for name, value in headers.items() if isinstance(value, str)}
         plan = make_redirect_plan(added, single)
         lines = [(name, line) for name, value in headers.items() if not isinstance(value, str) for line in value]
-        return Answer(plan, [*raw(plan.headers), *(field for name, line in lines for field in raw({name: line}))])
+        answer = Answer(plan, [*raw(plan.headers), *(field for name, line in lines for field in raw({name: line}))])
+        if self.kept_answers is not None and not (
+            isinstance(redirect, CountedRedirect) or "content-encoding" in described
+        ):
+            facts: Facts | None = scope.get(ACCOUNT)
+            fields = self._start(answer, scope)["headers"]
+            self.kept_answers.keep_redirect(
+                scope, self.file, metadata, fields, redirect, described, headers, facts, self.links
+            )
+        return answer
 
     def _lend(self, opened: OpenFile, metadata: FileMetadata, offer: Offer, start: Message, scope: Scope) -> None:
         """Keep a local file open while the answer waits for the application, which may delete the file."""
@@ -523,11 +536,6 @@ async def _count(scope: Scope, metadata: FileMetadata, plan: Plan | None = None)
         await spending
     if USE in scope:
         await claim(scope[USE], metadata, plan)
-
-
-def _is_checked(redirect: Redirect | None) -> bool:
-    """Return whether a file is opened before a client is redirected to another place of it: see `QuickRedirect`."""
-    return getattr(redirect, "is_checked", True)
 
 
 def _wants_a_digest(scope: Scope) -> bool:

@@ -51,6 +51,23 @@ class QuickRedirect(Redirect, Protocol):
     is_checked: bool
 
 
+def is_checked(redirect: Redirect | None) -> bool:
+    """Return whether a file is opened before a client is redirected to another place of it: see `QuickRedirect`."""
+    return getattr(redirect, "is_checked", True)
+
+
+def headers_at_once(redirect: Redirect, file: AsyncFile, described: Mapping[str, str]) -> RedirectHeaders | None:
+    """Return what the `headers_for` of a `QuickRedirect` returns, which never waits. None as well if it does."""
+    making = redirect.headers_for(file, described)
+    try:
+        making.send(None)
+    except StopIteration as returned:
+        headers: RedirectHeaders | None = returned.value
+        return headers
+    making.close()
+    return None
+
+
 @runtime_checkable
 class CountedRedirect(Protocol):
     """A `Redirect` to a server whose log tells what it has sent, such as `PresignedRedirect`."""

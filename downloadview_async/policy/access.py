@@ -72,6 +72,23 @@ class SignedLinks:
         """Return what the link of the request grants. Raises what `URLSigner.verify` raises."""
         return await self._signer.verify(request.scope, format=self._format)
 
+    @property
+    def is_immediate(self) -> bool:
+        """Whether `grant_at_once` may be asked."""
+        return type(self) is SignedLinks and self._signer.is_immediate
+
+    def is_plain(self, grant: Grant, query: bytes) -> bool:
+        """Return whether the link that has brought a request changes nothing in the answer: see `grant_at_once`."""
+        return self._signer.is_plain(grant, query, format=self._format)
+
+    def grant_at_once(self, path: bytes, query: bytes, address: str | None) -> Grant | None:
+        """Return what `URLSigner.grant_at_once` returns. path: as the client has sent it."""
+        return self._signer.grant_at_once(path, query, address, format=self._format)
+
+    def note_verified(self) -> None:
+        """See `URLSigner.note_verified`."""
+        self._signer.note_verified()
+
 
 class UserAccess:
     """Allows the requests of some users: `Users.allow` and `ProxyUsers.allow` return it.

@@ -45,6 +45,19 @@ class Grant:
                 f"{self.content_type!r} is not a content type: write one such as 'text/html; charset=utf-8'"
             )
 
+    @property
+    def is_of_plain_link(self) -> bool:
+        """Whether it is of a link that changes nothing in the answer to a file, but Cache-Control as each one does."""
+        return (
+            self.link_id is not None
+            and self.filename is None
+            and self.attachment is None
+            and self.content_type is None
+            and not self.is_shareable
+            and self.uses is None
+            and self.user is None
+        )
+
     def cache_control(self, chosen: str | None, now: float) -> str:
         """Return the Cache-Control of the answer.
 

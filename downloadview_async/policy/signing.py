@@ -188,6 +188,48 @@ class URLSigner:
         self._counts["verified"] += 1
         return grant
 
+    @property
+    def is_immediate(self) -> bool:
+        """Whether a link is verified without waiting, and by the link alone: there is no store."""
+        return type(self) is URLSigner and self._store is None
+
+    def grant_at_once(
+        self,
+        sent: bytes,
+        query: bytes,
+        address: str | None,
+        *,
+        format: str = "complete",  # noqa: A002
+    ) -> Grant | None:
+        """Return what the link of a GET grants if it changes nothing in the answer but who gets it, as most do.
+
+        None: `verify` decides, and counts. sent: the path as the client has sent it. query: that of the URL. address:
+        of the client. format: as in `sign`. Only a signer that `is_immediate` may be asked. What it returns counts as
+        verified only with `note_verified`.
+        """
+        try:
+            grant = self._granted(self._format(format), unquote_to_bytes(sent), sent, query, address)
+        except FileError:
+            return None
+        return grant if self.is_plain(grant, query, format=format) else None
+
+    def is_plain(self, grant: Grant, query: bytes, *, format: str = "complete") -> bool:  # noqa: A002
+        """Return whether a valid link, which grants this, changes nothing in the answer but who gets it.
+
+        query: that of the URL. format: as in `sign`.
+        """
+        return grant.is_of_plain_link and self._format(format).is_alone(query)
+
+    def note_verified(self) -> None:
+        """Count a link that `grant_at_once` has verified, whose answer is about to be sent."""
+        self._counts["verified"] += 1
+
+    def _granted(self, format_: LinkFormat, path: bytes, sent: bytes, query: bytes, address: str | None) -> Grant:
+        grant = format_.check(path, query, address, time.time())
+        if grant.folder is not None and path.count(b"/") > sent.count(b"/"):
+            raise LinkInvalid("a path below the folder of a link has no encoded slash: it may mean another folder")
+        return grant
+
     async def _verified(self, scope: MutableMapping[str, Any], format_: str) -> Grant:
         if scope["method"] not in ("GET", "HEAD"):
             raise LinkInvalid("a link is for GET and HEAD alone")
@@ -195,9 +237,7 @@ class URLSigner:
         sent = scope["path"].encode() if raw_path is None else raw_path.partition(b"?")[0]
         path = sent if raw_path is None else unquote_to_bytes(sent)
         address = client[0] if client else None
-        grant = self._format(format_).check(path, scope["query_string"], address, time.time())
-        if grant.folder is not None and path.count(b"/") > sent.count(b"/"):
-            raise LinkInvalid("a path below the folder of a link has no encoded slash: it may mean another folder")
+        grant = self._granted(self._format(format_), path, sent, scope["query_string"], address)
         if self._store is None:
             if grant.uses is not None:
                 raise LinkInvalid(f"the link {grant.link_id} is for {grant.uses} downloads, and there is no store")

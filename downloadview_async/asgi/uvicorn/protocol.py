@@ -475,7 +475,7 @@ class DownloadProtocol(HttpToolsProtocol):
         if answers is not None and self._whole_head is not None and self._may_be_given_again(version):
             target, headers = self.url, self.headers
             if self._has_given_again(answers):
-                if not self._is_on_unix_socket:
+                if not (self._is_on_unix_socket or b"?" in target):  # few links are used often, and never for long
                     answers.keep_head(self._whole_head, target, headers)
                 self._phase = _BODY
                 self._framing_bytes = 0
@@ -550,21 +550,24 @@ class DownloadProtocol(HttpToolsProtocol):
         before = scope["client"], scope["scheme"]
         request_id = answers.identify(scope)
         if (
-            not answer.may_be_had(scope)
-            or (body := answers.body_of(self.url, answer)) is None
+            (grant := answer.grant_for(self.url[len(answer.target) + 1 :], scope)) is None
+            or not answer.may_be_had(scope)
+            or (response := answers.response_of(answer)) is None
             or not answer.is_counted(scope)
         ):
             scope["client"], scope["scheme"] = before  # the application believes the proxy anew
             return False
+        answer.note_grant()
+        lines_of_head, body = response
         self.request_id = request_id
         line = b""
         if request_id is not None and answers.sends_request_id:
             line = b"%s: %s\r\n" % (REQUEST_ID, request_id.encode())
-        self.transport.write(b"".join((STATUS_LINE[200], lines, answer.head.lines, line, b"\r\n", body)))
+        self.transport.write(b"".join((STATUS_LINE[answer.status], lines, lines_of_head, line, b"\r\n", body)))
         self.server_state.total_requests += 1
         if request_id is not None:
             scope["extensions"] = {CONNECTION: self}
-            answers.count(answer, scope, request_id, began, body)
+            answers.count(answer, grant, scope, request_id, began, body)
             del scope["extensions"]  # else only the garbage collector would free the connection
         # The last answer has no cycle. The scope refers to this connection, and the cycle before it may do so.
         nothing: Any = None

@@ -28,3 +28,6 @@ class LinkFormat(Protocol):
 
         Raises `LinkInvalid`, or `LinkExpired` if the link was valid until a time before `now`.
         """
+
+    def is_alone(self, query: bytes) -> bool:
+        """Return whether a query that `check` has accepted has the link alone, and nothing that chooses an answer."""

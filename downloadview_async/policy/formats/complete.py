@@ -37,7 +37,7 @@ from urllib.parse import quote, unquote_to_bytes
 
 from downloadview_async.errors import LinkExpired, LinkInvalid
 from downloadview_async.policy.addresses import address_of
-from downloadview_async.policy.folders import link_to_folder
+from downloadview_async.policy.folders import carried, link_to_folder
 from downloadview_async.policy.grants import Grant
 
 _MAX_QUERY = 8192  # bytes that are looked at
@@ -95,6 +95,14 @@ class CompleteLinks:
         if network is not None and not _is_in(client, network):
             raise LinkInvalid(f"the link {grant.link_id} is not for this client")
         return grant
+
+    def is_alone(self, query: bytes) -> bool:
+        """Return whether a valid query has the link alone."""
+        return (
+            query.startswith(b"k=")
+            and b"&k=" not in query  # the first would be one of the URL
+            and (b"&b=" not in query or carried(query) == query)
+        )
 
 
 def _verified(path: bytes, query: bytes, signers: Mapping[bytes, _Sign]) -> tuple[Grant, str | None]:

@@ -73,6 +73,10 @@ class SecureLinks:
             raise LinkExpired(f"the link {link_id} has expired")
         return Grant(expires=expires, link_id=link_id, key_id=values["key"])
 
+    def is_alone(self, query: bytes) -> bool:
+        """Return True: `check` accepts nothing else in a query."""
+        return True
+
 
 def secure_link_secrets(keys: Mapping[str, bytes | str]) -> str:
     """Return the file that nginx's configuration includes: a `map` from the ids of keys to their secrets.
