@@ -297,7 +297,7 @@ def _record_kept_answers() -> Callable[[], list[Count]]:
         name, direct, hit = "asgi.kept_answers.KeptAnswers", median(answered), median(hits)
         counts = [Count(cache=name, calls=calls, hits=len(hits), direct=direct, hit=hit, miss=direct)]
         if known and parsed:  # a hit is all that the server does, "without" is that of a head that is parsed
-            name, direct, hit = f"{name}.known_head", median(parsed), median(known)
+            name, direct, hit = f"{name}.known_fields", median(parsed), median(known)
             counts.append(Count(cache=name, calls=heads, hits=len(known), direct=direct, hit=hit, miss=direct))
         return counts
 

@@ -5,6 +5,7 @@ import os
 import random
 import socket
 import statistics
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -46,6 +47,21 @@ request = function()
 end
 """
 """A script for wrk whose ranges begin at any byte."""
+
+_MANY_LINKS = 50_000  # more than one load of wrk asks for
+
+_PATHS = """
+local requests = {{}}
+local last = 0
+init = function()
+  for path in io.lines("{file}") do requests[#requests + 1] = wrk.format("GET", path) end
+end
+request = function()
+  last = last % #requests + 1
+  return requests[last]
+end
+"""
+"""A script for wrk that asks for each path in a file."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,10 +183,15 @@ def _load(
 ) -> tuple[Wrk, float]:
     """Let wrk request a file. Returns its report, and the CPU seconds of a request."""
     processes = proc.of_sessions(server.leaders)
-    start = proc.cpu_seconds(processes)
-    result = run_wrk(
-        server.url(name), seconds=scale.seconds, connections=connections, core=core, headers=headers, script=script
-    )
+    with tempfile.NamedTemporaryFile("w", suffix=".txt") as links:
+        if server.server.links == "signed":  # each request has a link that no other one has
+            links.write("\n".join([server.path(name) for _ in range(_MANY_LINKS)]))
+            links.flush()
+            script = _PATHS.format(file=links.name)
+        start = proc.cpu_seconds(processes)
+        result = run_wrk(
+            server.url(name), seconds=scale.seconds, connections=connections, core=core, headers=headers, script=script
+        )
     return result, (proc.cpu_seconds(processes) - start) / result.requests
 
 
@@ -216,7 +237,7 @@ def workers(server: Running, scale: Scale, core: int) -> dict[str, float]:
     """Count requests per second of several workers on all cores, and how evenly they work."""
     processes = proc.of_sessions(server.leaders)
     before = {process: proc.cpu_seconds([process]) for process in processes}
-    result = run_wrk(server.url("10k.bin"), seconds=scale.seconds, connections=64, core=core)
+    result, _ = _load(server, "10k.bin", scale, core, connections=64)
     used = sorted((proc.cpu_seconds([process]) - before[process] for process in processes), reverse=True)
     return {
         "rps_workers": result.rate,

@@ -71,8 +71,8 @@ class Server:
     answer: Literal["body", "offload", "redirect"] = "body"
     """Whether it sends bodies, or answers for a proxy or a store that does."""
     ours: bool = False
-    links: Literal["none", "reused", "once"] = "none"
-    """Whether it takes only URLs that `SIGNER` has signed, or a new one for each download."""
+    links: Literal["none", "signed", "once"] = "none"
+    """Whether it takes only URLs that `SIGNER` has signed, or one for each download that it counts."""
     tls: bool = False
     shares: bool = False
     """Whether it has a Redis."""
@@ -127,7 +127,7 @@ class Running:
         match self.server.links:
             case "none":
                 return path
-            case "reused":
+            case "signed":
                 return SIGNER.sign(path)
             case "once":
                 return _ONCE.sign(path, uses=1)

@@ -133,7 +133,7 @@ SERVERS = {
                 measures=("rps_10k", "shared") if key == "serve-accounts" else _RPS,
                 needs=_SERVICE,
                 ours=True,
-                links="reused" if "signed" in settings.route else "none",
+                links="signed" if "signed" in settings.route else "none",
             )
             for key, (particular, settings) in product.PRODUCTS.items()
             if key != "serve"
@@ -178,7 +178,7 @@ SERVERS = {
             measures=("rps_10k", "connections", "shared"),
             needs=_SERVICE,
             answer="redirect",
-            links="reused",
+            links="signed",
             ours=True,
         ),
         Server(
@@ -188,7 +188,7 @@ SERVERS = {
             measures=("workers",),
             needs=_SERVICE,
             answer="redirect",
-            links="reused",
+            links="signed",
             ours=True,
             everywhere=True,
         ),

@@ -61,11 +61,11 @@ MAX_ANSWERS = 1024
 MAX_TARGET = 1024
 """Bytes of the longest target whose answer is kept: a client can spell one path in many long ways."""
 
-MAX_HEADS = 256
-"""How many heads of requests are known. The one that was known first makes room for another one."""
+MAX_KNOWN_FIELDS = 256
+"""How many header sections of requests are known. The one that was known first makes room for another one."""
 
-MAX_HEAD = 1024
-"""Bytes of the longest head that is known."""
+MAX_FIELDS = 1024
+"""Bytes of the longest header section that is known."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -224,7 +224,7 @@ class KeptAnswers:
         self._answers: dict[bytes, KeptAnswer] = {}
         self._linked: dict[bytes, KeptAnswer] = {}  # those that need a link
         self._large: dict[bytes, KeptAnswer] = {}  # those that the kernel sends from a file
-        self._heads: dict[bytes, tuple[bytes, list[Header]]] = {}
+        self._fields: dict[bytes, list[Header]] = {}
 
     def keep(
         self,
@@ -328,17 +328,20 @@ class KeptAnswers:
             return self._linked.get(target[:end])
         return answer
 
-    def keep_head(self, head: bytes, target: bytes, headers: list[Header]) -> None:
-        """Know from now on that the head of a request, which is the whole of it, asks for what is kept for a target."""
-        heads = self._heads
-        if len(head) <= MAX_HEAD:
-            while len(heads) >= MAX_HEADS:
-                del heads[next(iter(heads))]
-            heads[head] = target, headers
+    def keep_fields(self, section: bytes, headers: list[Header]) -> None:
+        """Know from now on that a header section lets a plain GET in HTTP/1.1 have a kept answer.
 
-    def known_head(self, head: bytes) -> tuple[bytes, list[Header]] | None:
-        """Return the target and the header fields of a head that is known. Nobody may change them."""
-        return self._heads.get(head)
+        section: all that follows the first line of the head. headers: the fields in it.
+        """
+        known = self._fields
+        if len(section) <= MAX_FIELDS:
+            while len(known) >= MAX_KNOWN_FIELDS:
+                del known[next(iter(known))]
+            known[section] = headers
+
+    def known_fields(self, section: bytes) -> list[Header] | None:
+        """Return the fields of a header section that is known. Nobody may change them."""
+        return self._fields.get(section)
 
     def response_of(self, answer: KeptAnswer) -> tuple[bytes, bytes] | None:
         """Return the lines of the head and the body of a kept answer.

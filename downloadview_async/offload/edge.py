@@ -4,12 +4,13 @@ import logging
 import os
 import time
 from collections.abc import Mapping
+from functools import lru_cache
 from urllib.parse import quote, unquote, urlsplit
 
 from downloadview_async.errors import ConfigurationError, WrongType
 from downloadview_async.http.content_types import is_rendered
 from downloadview_async.offload.base import RedirectHeaders
-from downloadview_async.offload.signers.base import RenewingSigner, Signer
+from downloadview_async.offload.signers.base import KEPT, RenewingSigner, Signer
 from downloadview_async.sources.base import AsyncFile, object_url_of
 from downloadview_async.sources.object_store import ObjectStorage
 
@@ -72,7 +73,7 @@ class EdgeRedirect:
 
         Raises `SourceUnavailable` if the key of the signer has expired, and there is no other one.
         """
-        path = self._path_of(object_url_of(file) if self._is_store else file.location)
+        path = _path_below(self._below, object_url_of(file) if self._is_store else file.location)
         if path is None or not self._may_send(described):
             return None
         if self._renews is not None:
@@ -88,20 +89,6 @@ class EdgeRedirect:
             headers["set-cookie"] = signed.cookies
         return headers
 
-    def _path_of(self, location: str | None) -> str | None:
-        """Return the percent-encoded path of a file below the place; None for a file of another place.
-
-        None as well for a path with empty segments, `.` or `..`, which clients and servers on the way may change.
-        """
-        if location is None or not location.startswith(self._below):
-            return None
-        rest = location[len(self._below) :]
-        if self._below[0] == "/":
-            rest = quote(os.fsencode(rest))
-        if not {"", ".", ".."}.isdisjoint(unquote(rest).split("/")) or "?" in rest:
-            return None
-        return rest
-
     def _may_send(self, described: Mapping[str, str]) -> bool:
         """Return whether the edge sends the headers that protect the client, and decode it."""
         carries = self._signer.carries
@@ -113,6 +100,22 @@ class EdgeRedirect:
             return False  # it would send a coding that clients cannot use
         # the edge might show a file that our Content-Disposition has the client save
         return carries.issuperset(_PRESENTED) or not is_rendered(described.get("content-type", ""))
+
+
+@lru_cache(KEPT)  # many URLs are for files that are asked for again and again
+def _path_below(place: str, location: str | None) -> str | None:
+    """Return the percent-encoded path of a file below a place; None for a file of another place.
+
+    None as well for a path with empty segments, `.` or `..`, which clients and servers on the way may change.
+    """
+    if location is None or not location.startswith(place):
+        return None
+    rest = location[len(place) :]
+    if place[0] == "/":
+        rest = quote(os.fsencode(rest))
+    if not {"", ".", ".."}.isdisjoint(unquote(rest).split("/")) or "?" in rest:
+        return None
+    return rest
 
 
 def _place_of(place: str | os.PathLike[str] | ObjectStorage) -> str:

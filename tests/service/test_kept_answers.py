@@ -22,7 +22,7 @@ import pytest
 from starlette.types import Receive, Scope, Send
 
 from downloadview_async import Accounts, Download, Limits, Outcome, add_content_types
-from downloadview_async.asgi.kept_answers import MAX_ANSWERS, MAX_HEAD, MAX_HEADS
+from downloadview_async.asgi.kept_answers import MAX_ANSWERS, MAX_FIELDS, MAX_KNOWN_FIELDS
 from downloadview_async.asgi.server import DownloadProtocol
 from downloadview_async.service.reload import Generation, Generations
 from downloadview_async.service.server import config_for
@@ -648,14 +648,56 @@ async def test_heads_are_forgotten_beyond_a_number(directory: Path) -> None:
         await client.ask()
         kept = client.app.service.kept_answers
         assert kept is not None
-        for number in range(MAX_HEADS + 1):
+        for number in range(MAX_KNOWN_FIELDS + 1):
             assert await client.kept(f"User-Agent: {number}")
-        head = "GET /files/a.txt HTTP/1.1\r\nHost: x\r\nUser-Agent: %s\r\n\r\n"
-        known = [kept.known_head((head % number).encode()) is not None for number in range(MAX_HEADS + 1)]
-        assert known == [False] + [True] * MAX_HEADS
-        long = "x" * MAX_HEAD
+        section = "\r\nHost: x\r\nUser-Agent: %s\r\n\r\n"
+        known = [kept.known_fields((section % number).encode()) is not None for number in range(MAX_KNOWN_FIELDS + 1)]
+        assert known == [False] + [True] * MAX_KNOWN_FIELDS
+        long = "x" * MAX_FIELDS
         assert await client.kept(f"User-Agent: {long}")
-        assert kept.known_head((head % long).encode()) is None
+        assert kept.known_fields((section % long).encode()) is None
+
+
+async def test_fields_that_are_known_are_those_of_every_target_and_no_other_first_line(directory: Path) -> None:
+    targets = (
+        "/files/a.txt",
+        "/files/folder/b.txt",
+        "/files/none.txt",
+        "/files/a.txt?",
+        "/files/a.txt?a",
+        "/files/a.txt#a",
+    )
+    lines = [f"GET {target} HTTP/1.1" for target in targets]
+    lines += ["HEAD /files/a.txt HTTP/1.1", "POST /files/a.txt HTTP/1.1", "GET http://y/files/a.txt HTTP/1.1"]
+    lines += [
+        "GET  /files/a.txt HTTP/1.1",
+        "GET /files/a.txt  HTTP/1.1",
+        "GET /files/a.txt\tHTTP/1.1",
+        "GET /files/a.txt",
+    ]
+    lines += [f"GET /files/a.txt HTTP/{version}" for version in ("1.0", "1.2", "2.0", "1.1 ", "1.10", "0.9")]
+    lines += [
+        "get /files/a.txt HTTP/1.1",
+        "XGET /files/a.txt HTTP/1.1",
+        "GET /files/a.txt\nHTTP/1.1",
+        "",
+        "\r\nGET /files/a.txt HTTP/1.1",
+    ]
+    found = []
+    for keeps in (True, False):
+        answers = []
+        async with client_of(directory, FILES + LOG, keeps=keeps) as client:
+            for target in targets[:2]:
+                assert [await client.kept(target=target) for _ in range(3)] == [False, keeps, keeps]
+            address = client.writer.get_extra_info("peername")[:2]
+            for line in lines:
+                other = Client(*await asyncio.open_connection(*address), client.app)
+                other.writer.write(f"{line}\r\nHost: x\r\n\r\n".encode())
+                other.writer.write_eof()
+                answers.append((line, without_time(await asyncio.wait_for(other.reader.read(), 30))))
+                other.writer.close()
+        found.append(answers)
+    assert found[0] == found[1]
 
 
 async def test_answers_are_forgotten_beyond_a_number(directory: Path) -> None:

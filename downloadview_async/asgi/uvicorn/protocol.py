@@ -13,12 +13,13 @@ of a body waits for the application, uvicorn reads no more. `heads` refuses head
 dropped.
 
 Output. If the answer to a request is kept (`KeptAnswers`) and small, the protocol sends it at once, and no cycle is
-made. If, besides, the head is that of an earlier request byte by byte, it is not parsed. Else the application, or a
-kept answer in its place, sends messages to its `DownloadCycle`. A prepared head waits for its body, and one write sends
-both. A path send makes the kernel copy a file to the socket (`sendfile`); it first waits until the transport has sent
-all that it holds. The scope offers these two where the socket is plain: to Starlette path sends, to `DownloadResponse`
-also a descriptor with an offset and a count, a body in pieces of which some are files, and prepared heads. Everything
-else is sent by uvicorn: by Content-Length, in chunks, or, to HTTP/1.0 without a length, until the connection ends.
+made. If, besides, all fields of the head are those of an earlier request byte by byte, it is not parsed. Else the
+application, or a kept answer in its place, sends messages to its `DownloadCycle`. A prepared head waits for its body,
+and one write sends both. A path send makes the kernel copy a file to the socket (`sendfile`); it first waits until the
+transport has sent all that it holds. The scope offers these two where the socket is plain: to Starlette path sends, to
+`DownloadResponse` also a descriptor with an offset and a count, a body in pieces of which some are files, and prepared
+heads. Everything else is sent by uvicorn: by Content-Length, in chunks, or, to HTTP/1.0 without a length, until the
+connection ends.
 
 The end. The protocol closes the connection, not uvicorn's cycle: after a refusal, and after the last answer. An answer
 is the last one if the client or the application says so, if the request is HTTP/1.0, if the server shuts down, if its
@@ -188,6 +189,12 @@ _BETWEEN, _HEAD, _BODY, _CLOSING = _Phase  # a global name is faster than an att
 # The servers that are shutting down, or that drain: connections that they still accept end after one request.
 _shutting_down: WeakSet[ServerState] = WeakSet()
 _draining: WeakSet[ServerState] = WeakSet()
+
+
+def _split(head: bytes) -> tuple[bytes, bytes]:
+    """Return the first line of a head, and the header section, which begins with the end of that line."""
+    end = head.index(b"\r\n")
+    return head[:end], head[end:]
 
 
 class _Trailers:
@@ -475,8 +482,9 @@ class DownloadProtocol(HttpToolsProtocol):
         if answers is not None and self._whole_head is not None and self._may_be_given_again(version):
             target, headers = self.url, self.headers
             if self._has_given_again(answers):
-                if not (self._is_on_unix_socket or b"?" in target):  # few links are used often, and never for long
-                    answers.keep_head(self._whole_head, target, headers)
+                first, section = _split(self._whole_head)
+                if not self._is_on_unix_socket and first == b"GET %s HTTP/1.1" % target:
+                    answers.keep_fields(section, headers)
                 self._phase = _BODY
                 self._framing_bytes = 0
                 self.headers = _TRAILERS
@@ -508,16 +516,23 @@ class DownloadProtocol(HttpToolsProtocol):
             self._cycle.keep_alive = False
 
     def _has_answered_known(self, data: bytes) -> bool:
-        """Answer a request whose head is, byte by byte, that of an earlier one which got a kept answer.
+        """Answer a request whose header section is, byte by byte, that of an earlier one which got a kept answer.
 
         Return False if it is none, or if the application has to answer: then it has to be parsed.
         """
         if self._kept_answers is None or self._is_on_unix_socket or not self._has_plain_socket:
             return False
-        if (answers := self._kept_answers()) is None or (known := answers.known_head(data)) is None:
+        first, section = _split(data)
+        target = first[4:-9]
+        if (
+            (answers := self._kept_answers()) is None
+            or (headers := answers.known_fields(section)) is None
+            or first != b"GET %s HTTP/1.1" % target
+            or answers.get(target) is None
+        ):
             return False
         super().on_message_begin()
-        self.url, self.scope["headers"] = known
+        self.url, self.scope["headers"] = target, headers
         if not self._has_given_again(answers):
             return False
         self._end_head_timer()

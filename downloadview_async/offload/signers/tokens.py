@@ -2,6 +2,7 @@
 
 import base64
 import hmac
+import re
 from collections.abc import Callable, Mapping
 from string import Formatter
 from typing import Literal
@@ -18,7 +19,6 @@ from downloadview_async.offload.signers.base import (
     Signed,
     SignerKind,
     SignerOption,
-    joined,
     parameter_name,
     s3_query,
 )
@@ -27,6 +27,7 @@ from downloadview_async.offload.signers.keys import secret_base64, secret_hex, s
 _OF_TEXT = frozenset({"path", "query", "host", "expires", "now", "seconds"})
 _OF_TOKEN = frozenset({"expires", "now", "seconds", "signature"})
 _AS_IS = "=~*!/,:-_.;@"
+_NEEDS_NOTHING = re.compile(f"[A-Za-z0-9{re.escape(_AS_IS)}]*").fullmatch
 
 
 class _Hmac:
@@ -71,12 +72,20 @@ class _Hmac:
 
     def sign(self, path: str, headers: Mapping[str, str], *, now: float, seconds: int) -> Signed | None:
         """See `Signer`."""
-        query = s3_query(headers)
-        times = {"expires": int(now) + seconds, "now": int(now), "seconds": seconds}
-        text = self._text.format(path=self.edge.prefix + path, query=query, host=self.edge.host, **times)
+        query = s3_query(headers) if headers else ""
+        begins = int(now)
+        ends = begins + seconds
+        text = self._text.format(
+            path=self.edge.prefix + path, query=query, host=self.edge.host, expires=ends, now=begins, seconds=seconds
+        )
         signature = self._encode(hmac.digest(self._secret, text.encode(), self._algorithm))
-        token = quote(self._token.format(signature=signature, **times), safe=_AS_IS)
-        return Signed(joined(self.edge.url + path, query, f"{self._parameter}={token}"), seconds)
+        token = self._token.format(signature=signature, expires=ends, now=begins, seconds=seconds)
+        if not _NEEDS_NOTHING(token):
+            token = quote(token, safe=_AS_IS)
+        parameter = f"{self._parameter}={token}"
+        return Signed(
+            f"{self.edge.url}{path}?{query}&{parameter}" if query else f"{self.edge.url}{path}?{parameter}", seconds
+        )
 
 
 def _base64(value: bytes) -> str:
