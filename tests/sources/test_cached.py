@@ -304,6 +304,37 @@ async def test_few_go_on_without_anybody_who_waits(origin: Origin, served: Serve
     assert len(served.data()) == index._MAX_UNATTENDED
 
 
+@pytest.mark.parametrize("first", ["bytes=0-9", None])
+async def test_files_that_only_wait_for_the_disk_do_not_keep_others_from_it(
+    origin: Origin, served: Served, monkeypatch: pytest.MonkeyPatch, first: str | None
+) -> None:
+    """They need no connection to the upstream any more."""
+    free, begun, fdatasync = threading.Event(), threading.Semaphore(0), os.fdatasync
+
+    def slow(descriptor: int) -> None:
+        begun.release()
+        free.wait()
+        fdatasync(descriptor)
+
+    monkeypatch.setattr(os, "fdatasync", slow)
+    try:
+        for number in range(index._MAX_UNATTENDED):
+            assert (await served.get(f"/{number}")).body == BIG
+            await asyncio.to_thread(begun.acquire)
+        origin.held_from = 1_000_000
+        if first is not None:
+            assert (await served.get(Range=first)).body == BIG[:10]
+        else:
+            origin.gate.set()
+            assert (await served.get()).body == BIG
+        origin.gate.set()
+        assert (await served.get()).body == BIG
+    finally:
+        free.set()
+    await served.settled()
+    assert len(origin.requests) == len(served.data()) == index._MAX_UNATTENDED + 1
+
+
 async def test_closing_ends_what_is_fetched(origin: Origin, tmp_path: Path) -> None:
     origin.held_from = 1_000_000
     async with serving(remote(origin), tmp_path) as served:

@@ -136,6 +136,11 @@ class Arriving:
         return ArrivingFile(self, self.metadata, file, again, max_reads)
 
     @property
+    def has_all(self) -> bool:
+        """Whether nothing more is to come."""
+        return self.is_complete or (self.metadata is not None and self.arrived == self.metadata.size)
+
+    @property
     def is_given_up(self) -> bool:
         """Whether there are readers, and all of them are detached."""
         return bool(self.readers) and all(reader.is_detached for reader in self.readers)
