@@ -20,6 +20,7 @@ from downloadview_async import ConfigurationError
 from downloadview_async.service.app import build
 from tests.servers import free_port, serving
 from tests.service.loading import FILES, load
+from tests.service.test_drain import worker_pids
 
 SETTINGS = f"""{FILES}list = true
 [server]
@@ -167,9 +168,7 @@ def test_the_service_runs_without_the_database_server_in_which_it_counts(directo
     load(directory, SETTINGS + f'database = "postgresql+asyncpg://127.0.0.1:{of_database}/none"\n')
     with serving(serve("--port", str(port), "--workers", "2"), port, log=directory / "log", cwd=directory) as server:
         server.wait_for_log("Listening on ")  # when the parent knows that both are ready
-        children = Path(f"/proc/{server.process.pid}/task/{server.process.pid}/children").read_text().split()
-        workers = [int(child) for child in children if b"spawn_main" in Path(f"/proc/{child}/cmdline").read_bytes()]
-        os.kill(workers[0], signal.SIGKILL)
+        os.kill(worker_pids(server)[0], signal.SIGKILL)
         server.wait_for_log("Application startup complete", times=3)
         with ask(port, "/files/a.txt", "Connection: close") as client:
             assert client.makefile("rb").read().endswith(b"0123456789")

@@ -347,7 +347,15 @@ def test_a_worker_that_leaves_by_itself_is_replaced_while_it_sends_on(directory:
 
 def worker_pids(server: Server) -> list[int]:
     children = Path(f"/proc/{server.process.pid}/task/{server.process.pid}/children").read_text().split()
-    return [int(one) for one in children if b"spawn_main" in Path(f"/proc/{one}/cmdline").read_bytes()]
+    return [int(one) for one in children if b"spawn_main" in command_of(one)]
+
+
+def command_of(process: str) -> bytes:
+    """Return the command line of a process, or nothing if it has ended meanwhile."""
+    try:
+        return Path(f"/proc/{process}/cmdline").read_bytes()
+    except (FileNotFoundError, ProcessLookupError):
+        return b""
 
 
 def has_ended(process: int) -> bool:
