@@ -195,7 +195,7 @@ def encoded(value: str) -> str:
 
 def joined(url: str, *queries: str) -> str:
     """Return a URL with the given parts of a query, of which some may be empty."""
-    query = "&".join(part for part in queries if part)
+    query = "&".join(filter(None, queries))
     return f"{url}?{query}" if query else url
 
 

@@ -19,6 +19,7 @@ from downloadview_async.offload.signers.base import (
     Signed,
     SignerKind,
     SignerOption,
+    joined,
     parameter_name,
     s3_query,
 )
@@ -82,10 +83,7 @@ class _Hmac:
         token = self._token.format(signature=signature, expires=ends, now=begins, seconds=seconds)
         if not _NEEDS_NOTHING(token):
             token = quote(token, safe=_AS_IS)
-        parameter = f"{self._parameter}={token}"
-        return Signed(
-            f"{self.edge.url}{path}?{query}&{parameter}" if query else f"{self.edge.url}{path}?{parameter}", seconds
-        )
+        return Signed(joined(self.edge.url + path, query, f"{self._parameter}={token}"), seconds)
 
 
 def _base64(value: bytes) -> str:
