@@ -124,8 +124,13 @@ class Fill:
 
     @property
     def is_unattended(self) -> bool:
-        """Whether it still needs the source, and no client waits for it."""
-        return not (self._clients or self._settled.is_set() or self.arriving.has_all)
+        """Whether it goes on without clients."""
+        return not self._clients and not self._settled.is_set()
+
+    @property
+    def needs_source(self) -> bool:
+        """Whether the source has not sent all yet: it holds a connection."""
+        return not self.arriving.has_all
 
     async def settled(self) -> None:
         """Wait until it has ended or turns out not to be kept. Raises the error that it failed with.
@@ -200,7 +205,7 @@ class Fill:
         finally:
             self._clients -= 1
             goes_on = self._is_wanted and self.arriving.is_on_disk and self._cache.may_go_on(self)
-            if self.is_unattended and not goes_on:
+            if self.is_unattended and not self.arriving.is_complete and not goes_on:
                 self.stop()
 
     async def _run(self) -> None:

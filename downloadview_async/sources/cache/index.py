@@ -433,8 +433,11 @@ class Cache:
         self._refused[source, key] = time.monotonic() + REMEMBER_SECONDS
 
     def may_go_on(self, fetch: "Fill") -> bool:
-        """Return whether a fill may go on without clients: a few may."""
-        return sum(other.is_unattended for other in self._running if other is not fetch) < _MAX_UNATTENDED
+        """Return whether a fill may go on without clients: a few may that need the source."""
+        if not fetch.needs_source:
+            return True
+        others = [other for other in self._running if other is not fetch and other.is_unattended]
+        return sum(other.needs_source for other in others) < _MAX_UNATTENDED
 
     def running(self, source: str, key: str) -> "Fill | None":
         """Return the fill of a file that is running and can be joined."""
