@@ -53,7 +53,7 @@ def link(path: str = "/files/a.txt", **options: Any) -> str:
 
 
 def without_place(head: bytes) -> bytes:
-    return re.sub(rb"(?m)(token|max-age)=[^\r]*", rb"\1=", without_time(head))
+    return re.sub(rb"(token|public, max-age)=[^\r]*", rb"\1=", without_time(head))
 
 
 def without_times(line: str) -> dict[str, Any]:
@@ -178,14 +178,20 @@ async def test_a_redirect_without_access_is_kept(directory: Path, checks: bool) 
     assert found[0] == found[1]
 
 
-async def test_a_redirect_is_made_anew_for_another_type_and_another_version(directory: Path) -> None:
-    async with client_of(directory, CHECKED + LINKS) as client:
+@pytest.mark.parametrize("text", [CHECKED, REDIRECTS], ids=["checked", "redirects"])
+async def test_a_redirect_is_made_anew_for_another_type(directory: Path, text: str) -> None:
+    async with client_of(directory, text + LINKS) as client:
         assert [await client.kept(target=link()) for _ in range(2)] == [False, True]
         add_content_types({".txt": "text/html"})
         try:
             assert await statuses(client, [link()]) == ["200"]  # a browser might run it
         finally:
             add_content_types({".txt": None})
+        assert [await client.kept(target=link()) for _ in range(2)] == [False, True]
+
+
+async def test_a_redirect_is_made_anew_for_another_version(directory: Path) -> None:
+    async with client_of(directory, CHECKED + LINKS) as client:
         assert [await client.kept(target=link()) for _ in range(2)] == [False, True]
         (directory / "files/a.txt").write_bytes(b"other")
         assert not await client.kept(target=link())
@@ -230,7 +236,7 @@ async def test_a_large_file_by_a_link_is_sent_again(directory: Path) -> None:
     wrong = link("/files/a.txt").replace("a.txt", "large.bin")
     found = []
     for keeps in (True, False):
-        async with client_of(directory, SIGNED + LINKS + LOG, keeps=keeps) as client:
+        async with client_of(directory, f"{SIGNED}{LINKS}{LOG}[metrics]\n", keeps=keeps) as client:
             answers, kept = [], []
             for target in (url, other, wrong, url + "&a=b", "/files/large.bin", other):
                 before = client.app.calls
@@ -238,11 +244,79 @@ async def test_a_large_file_by_a_link_is_sent_again(directory: Path) -> None:
                 answers.append((without_time(head), body))
                 kept.append(client.app.calls == before)
             assert kept == [False, keeps, False, False, False, keeps]
-            lines = [without_times(line) for line in await written(directory, 6)]
+            page = (await client.ask(target="/-/metrics"))[1].decode()
+            counts = re.findall(r"(?m)^downloadview_links_total.*", page)
+            assert [count.split()[1] for count in sorted(counts)] == ["2.0", "3.0"]  # refused, verified
+            lines = [without_times(line) for line in await written(directory, 7)][:6]
             (directory / "log").unlink()
-            found.append((answers, lines))
+            found.append((answers, lines, counts))
             assert [head[9:12] for head, _ in answers] == [b"200", b"200", b"403", b"403", b"403", b"200"]
     assert found[0] == found[1]
+
+
+async def test_a_redirect_has_percent_signs_again(directory: Path) -> None:
+    fields = '[routes.headers]\n"X%s-Name" = "a %s of 50%"\n'
+    text = REDIRECTS.replace("files.example.org/", "files.example.org/a%25b/")
+    found = []
+    for keeps in (True, False):
+        async with client_of(directory, text + fields + LINKS, keeps=keeps) as client:
+            answers = [await client.ask(target=link()) for _ in range(3)]
+            assert client.app.calls == (1 if keeps else 3)
+            assert all(b"\r\nx%s-name: a %s of 50%\r\n" in head for head, _ in answers)
+            assert all(b"https://files.example.org/a%25b/a.txt?" in head for head, _ in answers)
+            found.append([(without_place(head), body) for head, body in answers])
+    assert found[0] == found[1]
+
+
+@pytest.mark.parametrize("text", [CHECKED, REDIRECTS], ids=["checked", "redirects"])
+async def test_limits_count_a_redirect(directory: Path, text: str) -> None:
+    async with client_of(directory, text + LINKS + LIMITED.format(limits='requests = "3/hour"')) as client:
+        assert await statuses(client, [link() for _ in range(5)]) == ["307"] * 3 + ["429"] * 2
+
+
+@pytest.mark.parametrize("name", ["a.txt", "large.bin"])
+async def test_a_link_for_one_client_is_for_the_client_of_a_trusted_proxy(directory: Path, name: str) -> None:
+    (directory / "files/large.bin").write_bytes(LARGE)
+    make_old(directory)
+    url = f"/files/{name}"
+    one, two, peer = (link(url, client=address) for address in ("192.0.2.1", "192.0.2.2", "127.0.0.1"))
+    asked = [(target, address) for target in (one, two, peer) for address in ("192.0.2.1", "192.0.2.2", None)]
+    expected = [
+        "200" if (target, address) in ((one, "192.0.2.1"), (two, "192.0.2.2"), (peer, None)) else "403"
+        for target, address in asked
+    ]
+    for trusted in ("127.0.0.1", "192.0.2.9"):
+        text = f'{SIGNED}{LINKS}[server]\nforwarded_allow_ips = "{trusted}"\n'
+        if trusted != "127.0.0.1":
+            expected = ["200" if target == peer else "403" for target, _ in asked]
+        async with client_of(directory, text) as client:
+            for address in ("192.0.2.1", "192.0.2.2", None):  # fields become known with an answer that is kept
+                lines = [] if address is None else [f"X-Forwarded-For: {address}"]
+                for _ in range(2):
+                    await client.ask(*lines, target=link(url))
+            for _ in range(2):
+                before, found = client.app.calls, []
+                for target, address in asked:
+                    lines = [] if address is None else [f"X-Forwarded-For: {address}"]
+                    head, _ = await client.ask(*lines, target=target)
+                    found.append(head.split()[1].decode())
+                assert found == expected
+                assert client.app.calls - before == found.count("403")
+
+
+async def test_answers_to_links_are_forgotten_beyond_a_number(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("downloadview_async.asgi.kept_answers.MAX_ANSWERS", 3)
+    names = [f"/files/{number}.txt" for number in range(4)]
+    for name in names:
+        (directory / name[1:]).write_bytes(CONTENT)
+    make_old(directory)
+    async with client_of(directory, SIGNED + LINKS) as client:
+        for name in names:
+            assert [await client.kept(target=link(name)) for _ in range(2)] == [False, True]
+        kept = client.app.service.kept_answers
+        assert kept is not None
+        assert len(kept) == 3
+        assert [await client.kept(target=link(name)) for name in reversed(names)] == [True, True, True, False]
 
 
 @pytest.mark.parametrize("limits", ['requests = "5/hour"', 'quota = ["8kB/day"]', 'quota = ["3 downloads/day"]'])
