@@ -12,6 +12,8 @@ from typing import Any
 import pytest
 
 from downloadview_async import URLSigner, add_content_types
+from downloadview_async.asgi.kept_answers import KeptAnswer, KeptAnswers
+from downloadview_async.asgi.server import DownloadProtocol
 from tests.live import make_old
 from tests.service.loading import FILES
 from tests.service.test_kept_answers import (
@@ -34,7 +36,6 @@ __all__ = ["directory"]
 KEY = "0123456789abcdef0123456789abcdef"
 LINKS = f'[links]\nkeys = "one {KEY}"\nmax_age = "7d"\n'
 SIGNED = f'{FILES}access = ["signed"]\n'
-EITHER = f'{FILES}access = ["signed", "signed:nginx"]\n'
 SIGNER = URLSigner({"one": KEY}, max_age=None)
 
 
@@ -211,6 +212,21 @@ async def test_what_needs_more_than_the_link_is_not_kept(
     async with client_of(directory, text) as client:
         assert await statuses(client, [link()] * 3) == ["200"] * 3
         assert client.app.calls == 3
+
+
+async def test_a_link_to_another_answer_is_tried_once_before_the_application(directory: Path) -> None:
+    tried: list[bool] = []
+
+    class Noting(DownloadProtocol):
+        def _has_given_again(self, answers: KeptAnswers, answer: KeptAnswer | None) -> bool:
+            tried.append(answer is not None)
+            return super()._has_given_again(answers, answer)
+
+    async with client_of(directory, SIGNED + LINKS, protocol=Noting) as client:
+        assert [await client.kept(target=link()) for _ in range(3)] == [False, True, True]
+        tried.clear()
+        assert await statuses(client, [link(filename="other.txt"), link() + "&a=b"]) == ["200", "403"]
+        assert tried == [True, True]
 
 
 async def test_links_that_nginx_verifies_are_kept(directory: Path) -> None:
