@@ -154,7 +154,7 @@ class KeptAnswer:
 
     def note(self, account: Account, grant: Grant) -> None:
         """Note the facts of the answer to a request with a grant for its outcome."""
-        account.link_id = grant.link_id
+        account.allow(grant.user, grant.link_id)
         account.route, account.source, account.proxy = self.route, self.source, self.proxy
         account.describe(self.name, self.metadata.etag, self.metadata.size)
 
@@ -207,13 +207,12 @@ class KeptRedirect(KeptAnswer):
         elif self.type_changes != content_types.changes:
             return None
         try:
-            headers = headers_at_once(self.redirect, self.file, self.described)
-        except FileError:
+            headers = headers_at_once(self.redirect, self.file, self.described) or {}
+            values = tuple([value.encode("latin-1") for value in map(headers.get, self.made) if isinstance(value, str)])
+        except Exception:  # a signer may raise anything: the application answers with the error
             return None
-        if headers is None or len(headers) != len(self.made):
-            return None
-        values = tuple([value.encode("latin-1") for value in map(headers.get, self.made) if isinstance(value, str)])
-        return (self.form % values, b"") if len(values) == len(headers) and all(map(is_value, values)) else None
+        is_alike = len(values) == len(headers) == len(self.made)
+        return (self.form % values, b"") if is_alike and all(map(is_value, values)) else None
 
 
 class KeptAnswers:
@@ -282,7 +281,8 @@ class KeptAnswers:
             return
         names = [name.encode("latin-1") for name in made]
         fields = [name for name, _ in headers]
-        if any(fields.count(name) != 1 for name in names) or (head := PreparedHead.of(headers)) is None:
+        has_lists = not all(isinstance(value, str) for value in made.values())
+        if has_lists or any(fields.count(name) != 1 for name in names) or (head := PreparedHead.of(headers)) is None:
             return
         self._keep(
             KeptRedirect(
