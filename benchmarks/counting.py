@@ -247,7 +247,7 @@ def _record_kept_answers() -> Callable[[], list[Count]]:
     answered: list[float] = []
     known: list[float] = []
     parsed: list[float] = []
-    keep, give, answer = KeptAnswers.keep, DownloadProtocol._has_given_again, Generation.app
+    keep, give, answer = KeptAnswers._keep, DownloadProtocol._has_given_again, Generation.app
     give_known, receive = DownloadProtocol._has_answered_known, DownloadProtocol.data_received
 
     def keep_counted(answers: KeptAnswers, *args: Any) -> None:
@@ -264,7 +264,7 @@ def _record_kept_answers() -> Callable[[], list[Count]]:
             hits.append(time.thread_time() - start)
         return is_hit
 
-    def give_known_counted(connection: DownloadProtocol, data: bytes) -> bool:
+    def give_known_counted(connection: DownloadProtocol, data: bytes) -> bool | None:
         nonlocal heads
         heads += 1
         start = time.thread_time()
@@ -285,7 +285,7 @@ def _record_kept_answers() -> Callable[[], list[Count]]:
         if kept == before + 1:  # nothing else ran meanwhile: such an answer waits for nothing
             answered.append(time.thread_time() - start)
 
-    KeptAnswers.keep = keep_counted  # type: ignore[method-assign, assignment]
+    KeptAnswers._keep = keep_counted  # type: ignore[method-assign, assignment]
     DownloadProtocol._has_given_again = give_counted  # type: ignore[method-assign, assignment]
     DownloadProtocol._has_answered_known = give_known_counted  # type: ignore[method-assign, assignment]
     DownloadProtocol.data_received = receive_counted  # type: ignore[method-assign, assignment]

@@ -48,7 +48,7 @@ end
 """
 """A script for wrk whose ranges begin at any byte."""
 
-_MANY_LINKS = 50_000  # more than one load of wrk asks for
+_MANY_LINKS = 50_000  # when one comes again, the signer no longer remembers that it is valid
 
 _PATHS = """
 local requests = {{}}
@@ -184,7 +184,7 @@ def _load(
     """Let wrk request a file. Returns its report, and the CPU seconds of a request."""
     processes = proc.of_sessions(server.leaders)
     with tempfile.NamedTemporaryFile("w", suffix=".txt") as links:
-        if server.server.links == "signed":  # each request has a link that no other one has
+        if server.server.links == "signed":  # each request has another link
             links.write("\n".join([server.path(name) for _ in range(_MANY_LINKS)]))
             links.flush()
             script = _PATHS.format(file=links.name)

@@ -72,7 +72,7 @@ class Server:
     """Whether it sends bodies, or answers for a proxy or a store that does."""
     ours: bool = False
     links: Literal["none", "signed", "once"] = "none"
-    """Whether it takes only URLs that `SIGNER` has signed, or one for each download that it counts."""
+    """Whether it takes only URLs that `SIGNER` has signed, or only links that allow one download each."""
     tls: bool = False
     shares: bool = False
     """Whether it has a Redis."""

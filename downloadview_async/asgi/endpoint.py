@@ -32,7 +32,7 @@ from downloadview_async.asgi.request_key import key_of, tail_of
 from downloadview_async.asgi.response import DownloadResponse, check_ways, checked_headers
 from downloadview_async.errors import ConfigurationError, FileError, FileMissing, WrongType, wrong_type
 from downloadview_async.http.content_types import content_type_for
-from downloadview_async.offload.base import Redirect
+from downloadview_async.offload.base import Redirect, is_quick
 from downloadview_async.policy.access import Access, SignedLinks, access_of, allow
 from downloadview_async.policy.grants import GRANT, Grant
 from downloadview_async.policy.hiding import Hidden
@@ -346,14 +346,14 @@ class Download(_Endpoint):
         self.attachment = attachment
         self.redirect = redirect
         self.offload = offload
-        # Otherwise the path of the URL and the file decide each answer to a GET whose query has a link, where there are
-        # links, and nothing else: see `KeptAnswers`.
         only = self.access[0] if self._has_links_alone else None
         self._links = only if isinstance(only, SignedLinks) and only.is_immediate else None
+        # Without rules, the path and the file decide each answer to a GET that has no query, or, if links give access,
+        # only a link as its query: see `KeptAnswers`.
         has_rules = (
             (self.access and self._links is None)
             or not are_immediate(self.limits)
-            or not (redirect is None or getattr(redirect, "is_quick", False))
+            or not (redirect is None or is_quick(redirect))
             or digests is not None
             or callable(key)
         )

@@ -56,7 +56,7 @@ _DECIDING_OR_BODY = DECIDING | {b"content-length", b"transfer-encoding"}
 _PUBLIC = Grant()
 
 MAX_ANSWERS = 1024
-"""How many answers are kept. The one that was kept first makes room for another one."""
+"""How many small answers are kept, and how many files for the kernel. The first one makes room for another one."""
 
 MAX_TARGET = 1024
 """Bytes of the longest target whose answer is kept: a client can spell one path in many long ways."""
@@ -94,6 +94,11 @@ class KeptAnswer:
     type_changes: int
     limits: Sequence[Limits]
     outcome: Outcome | None = None
+
+    @property
+    def needs_query(self) -> bool:
+        """Whether the URL of a request needs a query: that of a link. Otherwise it has none."""
+        return self.links is not None
 
     def grant_for(self, query: bytes, scope: Scope) -> Grant | None:
         """Return what a request may have, or None: the application decides. scope: see `KeptAnswers.identify`."""
@@ -149,7 +154,7 @@ class KeptAnswer:
 
     def note(self, account: Account, grant: Grant) -> None:
         """Note the facts of the answer to a request with a grant for its outcome."""
-        account.link_id = grant.link_id
+        account.allow(grant.user, grant.link_id)
         account.route, account.source, account.proxy = self.route, self.source, self.proxy
         account.describe(self.name, self.metadata.etag, self.metadata.size)
 
@@ -202,13 +207,12 @@ class KeptRedirect(KeptAnswer):
         elif self.type_changes != content_types.changes:
             return None
         try:
-            headers = headers_at_once(self.redirect, self.file, self.described)
-        except FileError:
+            headers = headers_at_once(self.redirect, self.file, self.described) or {}
+            values = tuple([value.encode("latin-1") for value in map(headers.get, self.made) if isinstance(value, str)])
+        except Exception:  # a signer may raise anything: the application answers with the error
             return None
-        if headers is None or len(headers) != len(self.made):
-            return None
-        values = tuple([value.encode("latin-1") for value in map(headers.get, self.made) if isinstance(value, str)])
-        return (self.form % values, b"") if len(values) == len(headers) and all(map(is_value, values)) else None
+        is_alike = len(values) == len(headers) == len(self.made)
+        return (self.form % values, b"") if is_alike and all(map(is_value, values)) else None
 
 
 class KeptAnswers:
@@ -222,7 +226,6 @@ class KeptAnswers:
         """Counts the answers, if the application has one."""
         self._locate = locate
         self._answers: dict[bytes, KeptAnswer] = {}
-        self._linked: dict[bytes, KeptAnswer] = {}  # those that need a link
         self._large: dict[bytes, KeptAnswer] = {}  # those that the kernel sends from a file
         self._fields: dict[bytes, list[Header]] = {}
 
@@ -274,12 +277,12 @@ class KeptAnswers:
 
         headers: all of them. made: those of them that `redirect`, a `QuickRedirect`, has made for `described`.
         """
+        if TRANSFERS in scope or not is_shown_for_good(metadata.last_modified, time.time()):
+            return
         names = [name.encode("latin-1") for name in made]
         fields = [name for name, _ in headers]
-        head = PreparedHead.of(headers)
-        if TRANSFERS in scope or head is None or any(fields.count(name) != 1 for name in names):
-            return
-        if not is_shown_for_good(metadata.last_modified, time.time()):
+        has_lists = not all(isinstance(value, str) for value in made.values())
+        if has_lists or any(fields.count(name) != 1 for name in names) or (head := PreparedHead.of(headers)) is None:
             return
         self._keep(
             KeptRedirect(
@@ -314,19 +317,16 @@ class KeptAnswers:
         answers[target] = answer
 
     def _answers_like(self, answer: KeptAnswer) -> dict[bytes, KeptAnswer]:
-        if isinstance(answer.delivery, Plan):
-            return self._large
-        return self._answers if answer.links is None else self._linked
+        return self._large if isinstance(answer.delivery, Plan) else self._answers
 
     def __len__(self) -> int:
-        return len(self._answers) + len(self._linked)
+        return len(self._answers)
 
     def get(self, target: bytes) -> KeptAnswer | None:
         """Return the answer that is kept for a target in origin-form, if there is one."""
-        answer = self._answers.get(target)
-        if answer is None and self._linked and (end := target.find(b"?")) > 0:
-            return self._linked.get(target[:end])
-        return answer
+        path, mark, _ = target.partition(b"?")
+        answer = self._answers.get(path)
+        return answer if answer is not None and answer.needs_query == bool(mark) else None
 
     def keep_fields(self, section: bytes, headers: list[Header]) -> None:
         """Know from now on that a header section lets a plain GET in HTTP/1.1 have a kept answer.
@@ -362,7 +362,7 @@ class KeptAnswers:
         query: bytes = scope.get("query_string", b"")
         if (
             (answer := self._large.get(target)) is None
-            or (answer.links is None) is not (not query)
+            or answer.needs_query != bool(query)
             or scope["method"] != "GET"
             or KEPT_ANSWERS not in scope.get("extensions", ())
             or not _DECIDING_OR_BODY.isdisjoint(dict(scope["headers"]))

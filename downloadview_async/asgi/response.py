@@ -63,6 +63,7 @@ from downloadview_async.offload.base import (
     Redirect,
     RedirectHeaders,
     is_checked,
+    is_quick,
     rated,
     signed,
 )
@@ -405,7 +406,7 @@ class DownloadResponse(Response):
     async def _redirect_nowait(self, scope: Scope, send: Send) -> bool:
         """Redirect the client if that needs no wait for the file or for a key, and return whether it was so."""
         redirect = self.redirect
-        if scope["method"] != "GET" or not getattr(redirect, "is_quick", False):
+        if scope["method"] != "GET" or not is_quick(redirect):
             return False
         if TRANSFERS in scope and scope[TRANSFERS].may_wait:
             return False

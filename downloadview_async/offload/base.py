@@ -51,6 +51,11 @@ class QuickRedirect(Redirect, Protocol):
     is_checked: bool
 
 
+def is_quick(redirect: Redirect | None) -> bool:
+    """Return whether a redirect never waits: see `QuickRedirect`."""
+    return getattr(redirect, "is_quick", False)
+
+
 def is_checked(redirect: Redirect | None) -> bool:
     """Return whether a file is opened before a client is redirected to another place of it: see `QuickRedirect`."""
     return getattr(redirect, "is_checked", True)

@@ -47,7 +47,7 @@ class Grant:
 
     @property
     def is_of_plain_link(self) -> bool:
-        """Whether it is of a link that changes nothing in the answer to a file, but Cache-Control as each one does."""
+        """Whether a link grants this, and changes nothing in the answer but Cache-Control, as each link does."""
         return (
             self.link_id is not None
             and self.filename is None

@@ -4,14 +4,17 @@ import json
 import random
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from downloadview_async import URLSigner, add_content_types
+from downloadview_async import Signed, URLSigner, add_content_types
+from downloadview_async.asgi.kept_answers import KeptAnswer, KeptAnswers
+from downloadview_async.asgi.server import DownloadProtocol
+from downloadview_async.offload.signers import signer_kinds
 from tests.live import make_old
 from tests.service.loading import FILES
 from tests.service.test_kept_answers import (
@@ -34,7 +37,6 @@ __all__ = ["directory"]
 KEY = "0123456789abcdef0123456789abcdef"
 LINKS = f'[links]\nkeys = "one {KEY}"\nmax_age = "7d"\n'
 SIGNED = f'{FILES}access = ["signed"]\n'
-EITHER = f'{FILES}access = ["signed", "signed:nginx"]\n'
 SIGNER = URLSigner({"one": KEY}, max_age=None)
 
 
@@ -198,6 +200,41 @@ async def test_a_redirect_is_made_anew_for_another_version(directory: Path) -> N
         assert await statuses(client, [link()]) == ["307"]
 
 
+class Prepared:
+    """In place of the signer of another package: gives URLs that are prepared, and fails when there are no more."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, *cookies: str) -> None:
+        self.urls: list[str] = []
+        self.cookies = cookies
+        monkeypatch.setattr(signer_kinds()["hmac"].signer, "sign", self.sign)
+
+    def sign(self, path: str, headers: Mapping[str, str], *, now: float, seconds: int) -> Signed:
+        return Signed(self.urls.pop(0), seconds, self.cookies)
+
+
+@pytest.mark.parametrize("failing", [[], ["https://files.example.org/\u03c0"]], ids=["raises", "not Latin-1"])
+async def test_a_signer_that_fails_gives_the_error_of_the_application(
+    directory: Path, monkeypatch: pytest.MonkeyPatch, failing: list[str]
+) -> None:
+    signer = Prepared(monkeypatch)
+    async with client_of(directory, edge()) as client:
+        signer.urls = ["https://files.example.org/a", "https://files.example.org/b"]
+        assert [await client.kept() for _ in range(2)] == [False, True]
+        signer.urls = failing * 2
+        assert (await client.ask())[0].startswith(b"HTTP/1.1 500 ")
+
+
+async def test_a_redirect_with_a_cookie_is_not_kept(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    signer = Prepared(monkeypatch, "a=b")
+    async with client_of(directory, edge()) as client:
+        signer.urls = [f"https://files.example.org/{number}" for number in range(3)]
+        for number in range(3):
+            head, _ = await client.ask()
+            assert b"location: https://files.example.org/%d\r\n" % number in head  # each one is signed once
+            assert b"set-cookie: a=b\r\n" in head
+        assert client.app.calls == 3
+
+
 @pytest.mark.parametrize(
     "text",
     [
@@ -217,6 +254,21 @@ async def test_what_needs_more_than_the_link_is_not_kept(
     async with client_of(directory, text) as client:
         assert await statuses(client, [link()] * 3) == ["200"] * 3
         assert client.app.calls == 3
+
+
+async def test_a_link_to_another_answer_is_tried_once_before_the_application(directory: Path) -> None:
+    tried: list[bool] = []
+
+    class Noting(DownloadProtocol):
+        def _has_given_again(self, answers: KeptAnswers, answer: KeptAnswer | None) -> bool:
+            tried.append(answer is not None)
+            return super()._has_given_again(answers, answer)
+
+    async with client_of(directory, SIGNED + LINKS, protocol=Noting) as client:
+        assert [await client.kept(target=link()) for _ in range(3)] == [False, True, True]
+        tried.clear()
+        assert await statuses(client, [link(filename="other.txt"), link() + "&a=b"]) == ["200", "403"]
+        assert tried == [True, True]
 
 
 async def test_links_that_nginx_verifies_are_kept(directory: Path) -> None:

@@ -108,7 +108,7 @@ from httptools import HttpRequestParser
 from downloadview_async.asgi.deadline import STALL_SECONDS
 from downloadview_async.asgi.disconnect import MAX_UNREAD_BODY
 from downloadview_async.asgi.extensions import CONNECTION, PACE, PATHSEND, PREPARED, REQUEST_ID
-from downloadview_async.asgi.kept_answers import DECIDING, KEPT_ANSWERS, KeptAnswers
+from downloadview_async.asgi.kept_answers import DECIDING, KEPT_ANSWERS, KeptAnswer, KeptAnswers
 from downloadview_async.asgi.uvicorn.cycle import CONNECTION_CLOSE, DownloadCycle, lines_of
 from downloadview_async.asgi.uvicorn.encrypted import MOST_HELD, CountingTransport, EncryptedStream
 from downloadview_async.asgi.uvicorn.flow import Flow, Signal
@@ -294,7 +294,7 @@ class DownloadProtocol(HttpToolsProtocol):
         self._head_timer: asyncio.TimerHandle | None = None
         self._idle_since: float | None = None
         self._untaken_since: tuple[float, int] | None = None  # a time, and how many bytes the client had not taken then
-        self._whole_head: bytes | None = None  # the head that is being read, if it has come with nothing behind it
+        self._whole_head: bytes | None = None  # the head that is being read, if it may get a kept answer
         self._is_half_closed = False
         self._on_half_close: Callable[[], None] | None = None
         self._on_loss: Callable[[], None] | None = None
@@ -353,12 +353,13 @@ class DownloadProtocol(HttpToolsProtocol):
         else:
             idle_since, self._idle_since = self._idle_since, None
             if self._is_one_head(data):
-                if self._has_answered_known(data):
+                if has_answered := self._has_answered_known(data):
                     return
                 self._framing_bytes += len(data)
                 if self.parser is None:
                     self._make_parser()
-                self._whole_head = data
+                if has_answered is None:  # else the application has to answer
+                    self._whole_head = data
                 super().data_received(data)
                 self._whole_head = None
                 if self._phase is _HEAD:
@@ -481,7 +482,7 @@ class DownloadProtocol(HttpToolsProtocol):
         # of requests in one packet, each waits for its turn: a client that sends thousands would hold up all others
         if answers is not None and self._whole_head is not None and self._may_be_given_again(version):
             target, headers = self.url, self.headers
-            if self._has_given_again(answers):
+            if self._has_given_again(answers, answers.get(target)):
                 first, section = _split(self._whole_head)
                 if not self._is_on_unix_socket and first == b"GET %s HTTP/1.1" % target:
                     answers.keep_fields(section, headers)
@@ -515,25 +516,26 @@ class DownloadProtocol(HttpToolsProtocol):
         if self._is_draining:
             self._cycle.keep_alive = False
 
-    def _has_answered_known(self, data: bytes) -> bool:
+    def _has_answered_known(self, data: bytes) -> bool | None:
         """Answer a request whose header section is, byte by byte, that of an earlier one which got a kept answer.
 
-        Return False if it is none, or if the application has to answer: then it has to be parsed.
+        Otherwise it has to be parsed. Return None if it is not known, and False if the application has to answer it.
         """
         if self._kept_answers is None or self._is_on_unix_socket or not self._has_plain_socket:
-            return False
+            return None
+        if (answers := self._kept_answers()) is None:
+            return None
         first, section = _split(data)
         target = first[4:-9]
         if (
-            (answers := self._kept_answers()) is None
-            or (headers := answers.known_fields(section)) is None
+            (headers := answers.known_fields(section)) is None
             or first != b"GET %s HTTP/1.1" % target
-            or answers.get(target) is None
+            or (answer := answers.get(target)) is None
         ):
-            return False
+            return None
         super().on_message_begin()
         self.url, self.scope["headers"] = target, headers
-        if not self._has_given_again(answers):
+        if not self._has_given_again(answers, answer):
             return False
         self._end_head_timer()
         self._framing_bytes = 0
@@ -550,10 +552,10 @@ class DownloadProtocol(HttpToolsProtocol):
             and DECIDING.isdisjoint(dict(self.headers))
         )
 
-    def _has_given_again(self, answers: KeptAnswers) -> bool:
+    def _has_given_again(self, answers: KeptAnswers, answer: KeptAnswer | None) -> bool:
         """Give the answer that is kept for this request, and return True; or return False: the application answers."""
         if (
-            (answer := answers.get(self.url)) is None
+            answer is None
             or self._is_draining
             or self.paced_at is not None
             or self.flow.write_paused
