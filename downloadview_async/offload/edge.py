@@ -4,13 +4,12 @@ import logging
 import os
 import time
 from collections.abc import Mapping
-from functools import lru_cache
 from urllib.parse import quote, unquote, urlsplit
 
 from downloadview_async.errors import ConfigurationError, WrongType
 from downloadview_async.http.content_types import is_rendered
 from downloadview_async.offload.base import RedirectHeaders
-from downloadview_async.offload.signers.base import KEPT, RenewingSigner, Signer
+from downloadview_async.offload.signers.base import RenewingSigner, Signer
 from downloadview_async.sources.base import AsyncFile, object_url_of
 from downloadview_async.sources.object_store import ObjectStorage
 
@@ -102,7 +101,6 @@ class EdgeRedirect:
         return carries.issuperset(_PRESENTED) or not is_rendered(described.get("content-type", ""))
 
 
-@lru_cache(KEPT)  # many URLs are for files that are asked for again and again
 def _path_below(place: str, location: str | None) -> str | None:
     """Return the percent-encoded path of a file below a place; None for a file of another place.
 

@@ -421,29 +421,6 @@ async def test_random_requests_get_the_answers_of_the_application(directory: Pat
             assert one == other
 
 
-@pytest.mark.parametrize("text", [SIGNED, REDIRECTS], ids=["files", "redirects"])
-async def test_a_link_for_one_client_knows_the_client_of_a_proxy(directory: Path, text: str) -> None:
-    url, found = link(client="192.0.2.1"), []
-    for keeps in (True, False):
-        async with client_of(directory, text + LINKS, keeps=keeps) as client:
-            before, answers = client.app.calls, []
-            for address in (
-                "192.0.2.1",
-                "192.0.2.1",
-                "192.0.2.2",
-                "192.0.2.1",
-                "192.0.2.2",
-                "",
-                "192.0.2.1, 192.0.2.2",
-            ):
-                head, body = await client.ask(*([f"X-Forwarded-For: {address}"] if address else []), target=url)
-                answers.append((without_place(head), body))
-            assert [head[9] for head, _ in answers] == [*answers[0][0][9:10] * 2, *b"4", answers[0][0][9], *b"444"]
-            assert client.app.calls - before == (5 if keeps else 7)
-            found.append(answers)
-    assert found[0] == found[1]
-
-
 async def test_a_route_that_comes_before_needs_no_link(directory: Path) -> None:
     source, route = FILES.split("[[routes]]")
     text = (
