@@ -28,6 +28,7 @@ from tests.service.pods import run_tool
 FILE = PROJECT / "deploy" / "compose.yaml"
 SERVICES: dict[str, Any] = yaml.safe_load(FILE.read_text())["services"]
 LARGE = PROJECT / "app" / "files" / "large.bin"
+PORTS_TO_GRPC = 10_000  # a client of a filer adds this to the filer's port
 HUGE = 64 << 20  # more bytes than the kernel holds between the service, nginx and a client
 MOST = int(SERVICES["service"]["environment"]["DOWNLOADVIEW_LIMITS__CONCURRENT"])
 
@@ -74,8 +75,11 @@ class Fleet:
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
-        names = ["nginx:8080", "service:8000", "redis:6379", "seaweedfs:8333", "seaweedfs:8888"]
+        names = ["nginx:8080", "service:8000", "redis:6379", "seaweedfs:8333"]
         self.ports = {name: free_port() for name in names}
+        while (filer := free_port()) + PORTS_TO_GRPC >= 32_768:
+            pass  # the kernel gives such ports to clients
+        self.ports["seaweedfs:8888"] = filer
 
     def start(
         self, name: str, command: list[str], host: str = "127.0.0.1", stop_signal: int = signal.SIGTERM, **more: str
@@ -106,7 +110,8 @@ class Fleet:
         assert not changed
         others = ["s3.port.grpc", "master.port", "master.port.grpc", "volume.port", "volume.port.grpc"]
         command += [f"-{name}={free_port()}" for name in others]
-        command += [f"-filer.port={(filer := self.ports['seaweedfs:8888'])}", f"-filer.port.grpc={filer + 10_000}"]
+        filer = self.ports["seaweedfs:8888"]
+        command += [f"-filer.port={filer}", f"-filer.port.grpc={filer + PORTS_TO_GRPC}"]
         command += ["-s3.port.iceberg=0", "-s3.port.lance=0", f"-s3.localSocket={self.directory}/s3.sock"]
         return self.start("seaweedfs", [weed("seaweedfs"), *command], stop_signal=signal.SIGKILL)
 
