@@ -33,10 +33,11 @@ def bucket(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     identities = [{"name": "all", "credentials": credentials, "actions": ["Admin", "Read", "Write", "List"]}]
     (directory / "s3.json").write_text(json.dumps({"identities": identities}))
     ports: set[int] = set()
-    while len(ports) < 7:
+    while len(ports) < 8:
         ports.add(free_port())
     port, *others = ports
-    names = ["s3.port.grpc", "master.port", "master.port.grpc", "volume.port", "volume.port.grpc", "filer.port"]
+    names = ["s3.port.grpc", "master.port", "master.port.grpc", "volume.port", "volume.port.grpc"]
+    names += ["filer.port", "filer.port.grpc"]
     command = [str(Path(sys.executable).with_name("weed")), "server", "-ip=127.0.0.1", "-ip.bind=127.0.0.1", "-s3"]
     command += [f"-dir={directory}", f"-s3.config={directory}/s3.json", f"-s3.port={port}"]
     command += [f"-{name}={number}" for name, number in zip(names, others, strict=True)]
