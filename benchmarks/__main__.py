@@ -150,8 +150,7 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 def _of_product() -> set[tuple[str, str]]:
     """Return the measures and servers that the goals of the product need."""
-    pairs = {pair for goal in PRODUCT for pair in (goal.row.value, goal.row.base) if pair is not None}
-    return _measures_of(pairs)
+    return _measures_of(pair for goal in PRODUCT for pair in goal.pairs)
 
 
 def _measures_of(pairs: Iterable[tuple[str, str]]) -> set[tuple[str, str]]:

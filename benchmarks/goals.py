@@ -1,7 +1,7 @@
 """What is wanted of the product and of the library: rows of the benchmark, and what they have to reach."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from benchmarks.measures import FIGURES
 
@@ -29,6 +29,11 @@ class Row:
         return [value / base for value, base in zip(values, bases, strict=False) if value is not None and base]
 
     @property
+    def pairs(self) -> list[tuple[str, str]]:
+        """The figures and servers that this needs."""
+        return [pair for pair in (self.value, self.base) if pair is not None]
+
+    @property
     def in_cpu(self) -> "Row | None":
         """The same in CPU seconds of a request, if this is about requests per second: other work disturbs it less."""
         figure = _IN_CPU.get(self.value[0])
@@ -38,12 +43,41 @@ class Row:
 
 
 @dataclass(frozen=True, slots=True)
+class Added:
+    """What features leave of the requests per second of a server if they cost what they do in the least program."""
+
+    server: str
+    without: str
+    """The least program without the features."""
+    features: str
+    """The least program with them."""
+
+    @property
+    def pairs(self) -> list[tuple[str, str]]:
+        """The figures and servers that this needs."""
+        return [("cpu_10k", server) for server in (self.server, self.without, self.features)]
+
+    def rounds(self, measured: Rounds) -> list[float]:
+        """Return the ratio of each round that has all three numbers."""
+        columns = [measured.get(figure, {}).get(server, []) for figure, server in self.pairs]
+        ratios = []
+        for base, without, features in zip(*columns, strict=False):
+            if base is not None and without is not None and features is not None:
+                ratios.append(base / (base + features - without))
+        return ratios
+
+
+@dataclass(frozen=True, slots=True)
 class Goal:
-    """What a row has to reach, and what it should, if that is more."""
+    """What a row has to reach, and what it should, if that is more.
+
+    floor: the same row of the least program that does it in Python. If that misses the reach, nothing in Python has it.
+    """
 
     row: Row
     reach: float
     goal: float | None = None
+    floor: Row | Added | None = None
 
     def met(self, value: float) -> str:
         """Return which of the two a value meets, at the two digits that are shown."""
@@ -53,6 +87,11 @@ class Goal:
             return limit is not None and (value >= limit if self.row.more_is_better else value <= limit)
 
         return "goal" if reaches(self.goal) else "reach" if reaches(self.reach) else "**no**"
+
+    @property
+    def pairs(self) -> list[tuple[str, str]]:
+        """The figures and servers that this needs."""
+        return self.row.pairs + (self.floor.pairs if self.floor is not None else [])
 
     def share(self, value: float) -> float:
         """Return how much of the reach a value has; 1 and more reaches it."""
@@ -69,17 +108,32 @@ class Goal:
 
 
 def _at_most(
-    title: str, value: tuple[str, str], base: tuple[str, str] | None, reach: float, goal: float | None = None
+    title: str,
+    value: tuple[str, str],
+    base: tuple[str, str] | None,
+    reach: float,
+    goal: float | None = None,
+    floor: str | Added | None = None,
 ) -> Goal:
-    return Goal(Row(title, value, base, more_is_better=False), reach, goal)
+    row = Row(title, value, base, more_is_better=False)
+    least = replace(row, value=(value[0], floor)) if isinstance(floor, str) else floor
+    return Goal(row, reach, goal, least)
 
 
 def _at_least(
-    title: str, value: tuple[str, str], base: tuple[str, str] | None, reach: float, goal: float | None = None
+    title: str,
+    value: tuple[str, str],
+    base: tuple[str, str] | None,
+    reach: float,
+    goal: float | None = None,
+    floor: str | Added | None = None,
 ) -> Goal:
-    return Goal(Row(title, value, base, more_is_better=True), reach, goal)
+    row = Row(title, value, base, more_is_better=True)
+    least = replace(row, value=(value[0], floor)) if isinstance(floor, str) else floor
+    return Goal(row, reach, goal, least)
 
 
+_SENDFILE = "floor-sendfile"
 _IN_CPU = {"rps_10k": "cpu_10k", "rps_1m": "cpu_1m"}
 
 
@@ -89,17 +143,19 @@ def _ratio(figure: str, server: str, base: str) -> tuple[tuple[str, str], tuple[
 
 PRODUCT = [
     _at_least("10 KiB requests/s, against a Response from memory", *_ratio("rps_10k", "serve", "memory"), 0.95, 1.3),
-    _at_least("10 KiB requests/s, against nginx", *_ratio("rps_10k", "serve", "nginx"), 0.4, 0.6),
+    _at_least("10 KiB requests/s, against nginx", *_ratio("rps_10k", "serve", "nginx"), 0.4, 0.6, "floor-answers"),
     _at_most(
         "CPU of an offloaded answer, against a bare Response",
         *_ratio("cpu_10k", "serve-offload", "bare-header-stock"),
         1.1,
         0.9,
     ),
-    _at_most("CPU per GiB, 1 client, against nginx", *_ratio("cpu_per_gib", "serve", "nginx"), 1.0, 0.7),
-    _at_most("CPU per GiB, 4 clients, against nginx", *_ratio("cpu_per_gib_4", "serve", "nginx"), 1.0, 0.7),
-    _at_most("CPU per GiB, 64 clients, against nginx", *_ratio("cpu_per_gib_64", "serve", "nginx"), 1.0, 0.7),
-    _at_least("1 MiB requests/s, against nginx", *_ratio("rps_1m", "serve", "nginx"), 1.0, 1.3),
+    _at_most("CPU per GiB, 1 client, against nginx", *_ratio("cpu_per_gib", "serve", "nginx"), 1.0, 0.7, _SENDFILE),
+    _at_most("CPU per GiB, 4 clients, against nginx", *_ratio("cpu_per_gib_4", "serve", "nginx"), 1.0, 0.7, _SENDFILE),
+    _at_most(
+        "CPU per GiB, 64 clients, against nginx", *_ratio("cpu_per_gib_64", "serve", "nginx"), 1.0, 0.7, _SENDFILE
+    ),
+    _at_least("1 MiB requests/s, against nginx", *_ratio("rps_1m", "serve", "nginx"), 1.0, 1.3, _SENDFILE),
     _at_most("RSS of each of 2,000 stalled clients, KiB", ("rss_per_client", "serve"), None, 12, 9.7),
     _at_most(
         "remote 1 GiB, CPU against a bare httpx2 loop", *_ratio("cpu_per_gib", "serve-remote", "bare-remote"), 0.6, 0.3
@@ -116,17 +172,29 @@ PRODUCT = [
         0.1,
         0.25,
     ),
-    _at_least("Django 10 KiB requests/s, against Starlette", *_ratio("rps_10k", "ours-django", "ours"), 0.5),
+    _at_least(
+        "Django 10 KiB requests/s, against Starlette",
+        *_ratio("rps_10k", "ours-django", "ours"),
+        0.5,
+        floor="bare-django",
+    ),
     _at_least(
         "JSON log, metrics, limits, counts, against none",
         *_ratio("rps_10k", "serve-counted", "serve-quiet"),
         0.85,
+        floor=Added("serve-quiet", "floor-answers", "floor-counted"),
     ),
-    _at_least("every feature on, against all off", *_ratio("rps_10k", "serve-all", "serve-quiet"), 0.85, 0.95),
-    _at_most("p99 beside 50 downloads, against nginx", *_ratio("p99", "serve", "nginx"), 1.5, 1),
-    _at_most("p99 beside 500 downloads, against nginx", *_ratio("p99_many", "serve", "nginx"), 1.5, 1),
-    _at_most("idle memory, MiB", ("idle", "serve"), None, 40),
-    _at_most("start-up, s", ("start", "serve"), None, 0.3),
+    _at_least(
+        "every feature on, against all off",
+        *_ratio("rps_10k", "serve-all", "serve-quiet"),
+        0.85,
+        0.95,
+        Added("serve-quiet", "floor-answers", "floor-all"),
+    ),
+    _at_most("p99 beside 50 downloads, against nginx", *_ratio("p99", "serve", "nginx"), 1.5, 1, _SENDFILE),
+    _at_most("p99 beside 500 downloads, against nginx", *_ratio("p99_many", "serve", "nginx"), 1.5, 1, _SENDFILE),
+    _at_most("idle memory, MiB", ("idle", "serve"), None, 40, floor="memory"),
+    _at_most("start-up, s", ("start", "serve"), None, 0.3, floor="memory"),
     _at_least("signed link, redirect to a store, requests/s", ("rps_10k", "serve-redirect"), None, 15000),
     _at_most(
         "CPU of the same with 2 workers, against 1",

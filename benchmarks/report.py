@@ -68,6 +68,7 @@ def goals_table(measured: Rounds, goals: Sequence[Goal] = GOALS) -> str:
 
     Beside each median is half the width of the middle half of the rounds, and the same ratio of CPU times.
     """
+    has_floors = any(goal.floor is not None for goal in goals)
     lines = []
     for goal in goals:
         rounds = goal.row.rounds(measured)
@@ -82,8 +83,16 @@ def goals_table(measured: Rounds, goals: Sequence[Goal] = GOALS) -> str:
                 shown += f" (± {spread(rounds) / 2:,.2f})"
         cpu = goal.row.in_cpu.rounds(measured) if goal.row.in_cpu else []
         in_cpu = f"{statistics.median(cpu):.2f}x" if cpu else ""
-        lines.append([title, shown, in_cpu, goal.show(goal.reach), goal.show(goal.goal), met])
-    return table(["measure", "this run", "CPU of a request", "reach", "go for", "met"], lines)
+        floor = ""
+        if goal.floor is not None and (least := goal.floor.rounds(measured)):
+            value = statistics.median(least)
+            floor = f"{value:,.2f}{'x' if goal.row.base else ''}"
+            if met == _MISSED and goal.met(value) == _MISSED:
+                met += ", nor by the floor"
+        floors = [floor] if has_floors else []
+        lines.append([title, shown, in_cpu, *floors, goal.show(goal.reach), goal.show(goal.goal), met])
+    floors = ["floor"] if has_floors else []
+    return table(["measure", "this run", "CPU of a request", *floors, "reach", "go for", "met"], lines)
 
 
 def reached(measured: Rounds) -> Iterator[tuple[Goal, float]]:
@@ -304,7 +313,8 @@ def page(results: Mapping[str, Any], compared: str, pictures: Mapping[str, str])
     parts += [
         compared,
         "## The product",
-        "`downloadview serve` as people run it. Rows in bold miss their reach. Ratios are of one round.",
+        "`downloadview serve` as people run it. Rows in bold miss their reach. Ratios are of one round. The floor is "
+        "what the least program in Python has: see [](../performance.md#floors).",
         goals_table(measured, PRODUCT),
     ]
     for title, figures, text in sections:

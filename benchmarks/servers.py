@@ -91,8 +91,8 @@ def _aiohttp(port: int) -> Command:
     return Command([sys.executable, "-m", "benchmarks.apps.aiohttp_files", str(port)], port)
 
 
-def _floor(port: int) -> Command:
-    return Command([sys.executable, "-m", "benchmarks.apps.floor", str(port)], port)
+def _floor(program: str, *parts: str) -> Callable[[int], Command]:
+    return lambda port: Command([sys.executable, "-m", f"benchmarks.apps.{program}", str(port), *parts], port)
 
 
 _STOCK = ("--http", "httptools")
@@ -100,6 +100,7 @@ _ZERO_COPY = ("--http", "downloadview_async.asgi.server:DownloadProtocol")
 _UVICORN = ("uvicorn", "uvloop", "httptools", "starlette")
 _SERVICE = (*_UVICORN, "msgspec", "jinja2", "click", "aiosqlite", "sqlalchemy", "prometheus_client")
 _RPS = ("rps_10k",)
+_COUNTED = ("json", "metrics", "limits", "counts")
 # More than small files are measured with 64 MiB: it takes the whole file into memory before it sends the first byte.
 _DJANGO = ("large", "rps_10k")
 
@@ -331,7 +332,7 @@ SERVERS = {
             key="memory",
             title="Starlette Response from memory, uvicorn",
             commands=_on_its_own(_uvicorn("bare:memory", *_STOCK)),
-            measures=("rps_10k", "rps_1m"),
+            measures=("idle", "rps_10k", "rps_1m"),
             needs=_UVICORN,
         ),
         Server(
@@ -358,9 +359,30 @@ SERVERS = {
         Server(
             key="floor",
             title="reading and sending in a bare loop, one client",
-            commands=_on_its_own(_floor),
+            commands=_on_its_own(_floor("floor")),
             measures=("large",),
         ),
+        Server(
+            key="floor-sendfile",
+            title="sendfile in a bare loop",
+            commands=_on_its_own(_floor("floor_sendfile")),
+            measures=("large", "large_4", "large_64", "beside", "beside_500", "rps_10k", "rps_1m"),
+        ),
+        *[
+            Server(
+                key=key,
+                title=f"an answer from memory in a bare protocol{particular}",
+                commands=_on_its_own(_floor("floor_answers", *parts)),
+                measures=_RPS,
+                needs=("uvloop",),
+                links="signed" if "signed" in parts else "none",
+            )
+            for key, particular, parts in [
+                ("floor-answers", "", ()),
+                ("floor-counted", ", JSON log, metrics, limits, counts", _COUNTED),
+                ("floor-all", ", all of these and a signed link", (*_COUNTED, "signed")),
+            ]
+        ],
         Server(
             key="cached",
             title="downloadview_async, a remote file from the cache",
@@ -391,6 +413,14 @@ SERVERS = {
             measures=_DJANGO,
             needs=(*_UVICORN, "django"),
             ours=True,
+        ),
+        Server(
+            key="bare-django",
+            title="Django HttpResponse from memory",
+            commands=_on_its_own(_uvicorn("django_files:app", *_ZERO_COPY, "--lifespan", "off")),
+            measures=_RPS,
+            needs=(*_UVICORN, "django"),
+            prefix="/memory/",
         ),
         Server(
             key="ours-fastapi",
