@@ -154,9 +154,12 @@ def _text(outcome: Outcome) -> str:
         outcome.kind,
         outcome.sent,
         outcome.user,
-        outcome.link_id,
     )
-    return f"{_date(outcome.time)} {_word(outcome.client)} {before}{outcome.seconds:.3f}{behind}{outcome.request_id}"
+    by_link = "" if outcome.link_id is None else f", link {_word(outcome.link_id)}"
+    return (
+        f"{_date(outcome.time)} {_client_of(outcome)} {before}{outcome.seconds:.3f}{behind}{by_link}, request "
+        f"{outcome.request_id}"
+    )
 
 
 @lru_cache(1024)  # for answers with the same file, which are many whenever each microsecond counts
@@ -169,13 +172,11 @@ def _text_of_answer(
     kind: str,
     sent: int,
     user: str | None,
-    link_id: str | None,
 ) -> tuple[str, str]:
-    """Return what a line has before and behind the seconds, without the client and the id of the request."""
+    """Return what a line has before and behind the seconds, without what each request has: client, link and id."""
     by_user = "" if user is None else f", user {_word(user)}"
-    by_link = "" if link_id is None else f", link {_word(link_id)}"
     request = _request(method, path, http_version)
-    return f'"{request}" {status} {result} {_word(kind)} {sent} bytes in ', f" s{by_user}{by_link}, request "
+    return f'"{request}" {status} {result} {_word(kind)} {sent} bytes in ', f" s{by_user}"
 
 
 def _json(outcome: Outcome, *, is_cut: bool = False) -> str:
@@ -184,11 +185,10 @@ def _json(outcome: Outcome, *, is_cut: bool = False) -> str:
         if field == b"user-agent":
             agent = value.decode("latin-1")
             break
-    client, first = outcome.client, outcome.first_byte
+    client, link, first = outcome.client, outcome.link_id, outcome.first_byte
     members = _json_of_answer if len(outcome.path) <= LIMIT else _json_of_answer.__wrapped__  # keep no long texts
-    before, between, behind = members(
+    of_user, before, between, behind = members(
         outcome.user,
-        outcome.link_id,
         outcome.method,
         outcome.status,
         outcome.result,
@@ -204,7 +204,8 @@ def _json(outcome: Outcome, *, is_cut: bool = False) -> str:
     )
     line = (
         f'{{"time":"{_date(outcome.time)}","request_id":"{outcome.request_id}"'
-        f',"client":{"null" if client is None else _quote(client)}{before}{outcome.seconds:.6f},"first_byte":'
+        f',"client":{"null" if client is None else _quote(client)}{of_user}{"null" if link is None else _quote(link)}'
+        f'{before}{outcome.seconds:.6f},"first_byte":'
         f"{'null' if first is None else f'{first:.6f}'}{between}{'null' if agent is None else _quote(agent)}{behind}"
     )
     return line if len(line) <= _ATOMIC or is_cut else _json(_cut(outcome), is_cut=True)
@@ -213,7 +214,6 @@ def _json(outcome: Outcome, *, is_cut: bool = False) -> str:
 @lru_cache(1024)  # for answers with the same file, which are many whenever each microsecond counts
 def _json_of_answer(
     user: str | None,
-    link_id: str | None,
     method: str,
     status: int,
     result: str,
@@ -226,12 +226,11 @@ def _json_of_answer(
     size: int | None,
     route: str | None,
     source: str | None,
-) -> tuple[str, str, str]:
-    """Return the members of a line that come before the seconds, after those of the first byte, and at the end."""
-    answer = _members(
-        user=user, link_id=link_id, method=method, status=status, result=result, reason=reason, kind=kind, path=path
-    )
+) -> tuple[str, str, str, str]:
+    """Return the members of a line that come before the link, the seconds, the user agent, and at the end."""
+    answer = _members(method=method, status=status, result=result, reason=reason, kind=kind, path=path)
     return (
+        f'{_members(user=user)},"link_id":',
         f'{answer},"bytes":{sent},"seconds":',
         f'{_members(name=name, etag=etag, size=size)},"user_agent":',
         f"{_members(route=route, source=source)}}}",
@@ -254,7 +253,7 @@ def _combined(outcome: Outcome) -> str:
     referrer = _header(outcome, b"referer")
     agent = _header(outcome, b"user-agent")
     return (
-        f"{_word(outcome.client)} - {_word(outcome.user)} [{_combined_date(outcome.time)}] "
+        f"{_client_of(outcome)} - {_word(outcome.user)} [{_combined_date(outcome.time)}] "
         f'"{_request(outcome.method, outcome.path, outcome.http_version)}" {outcome.status} {outcome.sent} '
         f'"{"-" if referrer is None else _quoted(_NOT_PAGE.sub("", referrer))}" '
         f'"{"-" if agent is None else _quoted(agent)}" '
@@ -293,6 +292,15 @@ def _header(outcome: Outcome, name: bytes) -> str | None:
         if field == name:
             return value.decode("latin-1")
     return None
+
+
+_short_word = lru_cache(1024)(_word)  # for clients: with one address come many requests
+_SHORT = 64  # characters: more than any address has
+
+
+def _client_of(outcome: Outcome) -> str:
+    client = outcome.client
+    return _word(client) if client is not None and len(client) > _SHORT else _short_word(client)
 
 
 class _Second:

@@ -21,13 +21,13 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from time import monotonic
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 from starlette.types import Message, Receive, Scope, Send
 
 from downloadview_async.accounts.facts import ACCOUNT, Facts
 from downloadview_async.accounts.outcome import Header, Outcome
-from downloadview_async.asgi.accounts import Account, Accounts, hold_accounts, route_of
+from downloadview_async.asgi.accounts import Account, Accounts, Connection, hold_accounts, new_request_id, route_of
 from downloadview_async.asgi.delivery import Chunks, Descriptor, Inline, Offloaded, Redirected, bytes_of, deliver
 from downloadview_async.asgi.extensions import CONNECTION, PREPARED, REQUEST_ID, SEND_LATER
 from downloadview_async.asgi.prepared_head import PreparedHead, is_value
@@ -53,6 +53,9 @@ DECIDING = (FIELDS - {b"accept-encoding"}) | {b"expect"}
 
 _DECIDING_OR_BODY = DECIDING | {b"content-length", b"transfer-encoding"}
 
+_OF_PROXIES = frozenset({b"x-forwarded-for", b"x-forwarded-proto", REQUEST_ID})
+"""The fields of a request, in lower case, by which a trusted proxy tells the client and the id."""
+
 _PUBLIC = Grant()
 
 MAX_ANSWERS = 1024
@@ -66,6 +69,16 @@ MAX_KNOWN_FIELDS = 256
 
 MAX_FIELDS = 1024
 """Bytes of the longest header section that is known."""
+
+
+class KnownFields(NamedTuple):
+    """The fields of a header section that is known, which nobody may change.
+
+    are_of_client: whether none of them is one by which proxies tell of the client.
+    """
+
+    headers: list[Header]
+    are_of_client: bool
 
 
 @dataclass(slots=True, kw_only=True)
@@ -227,7 +240,7 @@ class KeptAnswers:
         self._locate = locate
         self._answers: dict[bytes, KeptAnswer] = {}
         self._large: dict[bytes, KeptAnswer] = {}  # those that the kernel sends from a file
-        self._fields: dict[bytes, list[Header]] = {}
+        self._fields: dict[bytes, KnownFields] = {}
 
     def keep(
         self,
@@ -337,10 +350,10 @@ class KeptAnswers:
         if len(section) <= MAX_FIELDS:
             while len(known) >= MAX_KNOWN_FIELDS:
                 del known[next(iter(known))]
-            known[section] = headers
+            known[section] = KnownFields(headers, _OF_PROXIES.isdisjoint(dict(headers)))
 
-    def known_fields(self, section: bytes) -> list[Header] | None:
-        """Return the fields of a header section that is known. Nobody may change them."""
+    def known_fields(self, section: bytes) -> KnownFields | None:
+        """Return the fields of a header section, if it is known."""
         return self._fields.get(section)
 
     def response_of(self, answer: KeptAnswer) -> tuple[bytes, bytes] | None:
@@ -381,26 +394,35 @@ class KeptAnswers:
         """Whether each answer has the id of its request."""
         return self.accounts is not None and self.accounts.sends_request_id
 
-    def identify(self, scope: dict[str, Any]) -> str | None:
+    def identify(self, scope: dict[str, Any], known: KnownFields | None) -> str | None:
         """Return the id of a request that gets a kept answer; None if there are no accounts.
 
         scope: of the request, as it is before the application would get it. Its client becomes the one that limits and
-        outcomes count: that of a trusted proxy.
+        outcomes count: that of a trusted proxy. known: its fields, if they are.
         """
+        if known is not None and known.are_of_client:
+            return None if self.accounts is None else new_request_id()
         self._locate(scope)
         return None if self.accounts is None else self.accounts.identify(scope)
 
     def count(
-        self, answer: KeptAnswer, grant: Grant, scope: dict[str, Any], request_id: str, began: float, body: bytes
+        self,
+        answer: KeptAnswer,
+        grant: Grant,
+        scope: dict[str, Any],
+        connection: Connection,
+        request_id: str,
+        began: float,
+        body: bytes,
     ) -> None:
-        """Count a kept answer that the server has just sent.
+        """Count a kept answer that the server has just sent over a connection.
 
         grant, request_id: what `grant_for` and `identify` have returned for the scope. began: the time before it was
         sent, of `monotonic`.
         """
         accounts = self.accounts
         assert accounts is not None
-        if (last := answer.outcome) is not None and scope["extensions"][CONNECTION].is_flushed:
+        if (last := answer.outcome) is not None and connection.is_flushed:
             client, seconds = scope["client"], monotonic() - began
             accounts.report(
                 last.again(
@@ -413,7 +435,7 @@ class KeptAnswers:
                 )
             )
             return
-        scope["method"], scope["path"] = "GET", answer.path
+        scope["method"], scope["path"], scope["extensions"] = "GET", answer.path, {CONNECTION: connection}
         account = accounts.begin(scope, _send_nothing, request_id=request_id)
         answer.note(account, grant)
         delivery = answer.delivery
@@ -423,6 +445,7 @@ class KeptAnswers:
         if outcome is not None:  # without what only this client has sent
             answer.outcome = outcome.again("", client=None, link_id=None, headers=(), first_byte=0, seconds=0)
         account.leave()  # ends it if the client has left
+        del scope["extensions"]  # else only the garbage collector would free the connection
 
 
 def _facts_of(scope: Scope, facts: Facts | None) -> dict[str, Any]:

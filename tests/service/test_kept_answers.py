@@ -414,6 +414,24 @@ async def test_a_trusted_proxy_tells_the_client_and_the_id(directory: Path) -> N
         assert (line["request_id"] == "of-the-proxy") == (id_then is not None)
 
 
+@pytest.mark.parametrize(
+    ("field", "member", "told"),
+    [
+        ("X-Forwarded-For: 192.0.2.7", "client", "192.0.2.7"),
+        ("X-Request-Id: of-the-proxy", "request_id", "of-the-proxy"),
+    ],
+)
+async def test_a_trusted_proxy_is_heard_in_a_head_that_is_known(
+    directory: Path, field: str, member: str, told: str
+) -> None:
+    settings = f'{FILES}{LOG}[server]\nforwarded_allow_ips = "127.0.0.1"\n'
+    async with client_of(directory, settings) as client:
+        await client.ask(field)
+        assert [await client.kept(field) for _ in range(3)] == [True] * 3
+        lines = [json.loads(line) for line in await written(directory, 4)]
+    assert [line[member] for line in lines] == [told] * 4
+
+
 async def test_requests_in_one_packet_are_answered_in_order_by_the_application(directory: Path) -> None:
     async with client_of(directory, FILES + LOG) as client:
         await client.ask()

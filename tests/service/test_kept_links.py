@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from downloadview_async import Signed, URLSigner, add_content_types
-from downloadview_async.asgi.kept_answers import KeptAnswer, KeptAnswers
+from downloadview_async.asgi.kept_answers import KeptAnswer, KeptAnswers, KnownFields
 from downloadview_async.asgi.server import DownloadProtocol
 from downloadview_async.offload.signers import signer_kinds
 from tests.live import make_old
@@ -260,9 +260,11 @@ async def test_a_link_to_another_answer_is_tried_once_before_the_application(dir
     tried: list[bool] = []
 
     class Noting(DownloadProtocol):
-        def _has_given_again(self, answers: KeptAnswers, answer: KeptAnswer | None) -> bool:
+        def _has_given_again(
+            self, answers: KeptAnswers, answer: KeptAnswer | None, known: KnownFields | None = None
+        ) -> bool:
             tried.append(answer is not None)
-            return super()._has_given_again(answers, answer)
+            return super()._has_given_again(answers, answer, known)
 
     async with client_of(directory, SIGNED + LINKS, protocol=Noting) as client:
         assert [await client.kept(target=link()) for _ in range(3)] == [False, True, True]

@@ -108,7 +108,7 @@ from httptools import HttpRequestParser
 from downloadview_async.asgi.deadline import STALL_SECONDS
 from downloadview_async.asgi.disconnect import MAX_UNREAD_BODY
 from downloadview_async.asgi.extensions import CONNECTION, PACE, PATHSEND, PREPARED, REQUEST_ID
-from downloadview_async.asgi.kept_answers import DECIDING, KEPT_ANSWERS, KeptAnswer, KeptAnswers
+from downloadview_async.asgi.kept_answers import DECIDING, KEPT_ANSWERS, KeptAnswer, KeptAnswers, KnownFields
 from downloadview_async.asgi.uvicorn.cycle import CONNECTION_CLOSE, DownloadCycle, lines_of
 from downloadview_async.asgi.uvicorn.encrypted import MOST_HELD, CountingTransport, EncryptedStream
 from downloadview_async.asgi.uvicorn.flow import Flow, Signal
@@ -528,14 +528,14 @@ class DownloadProtocol(HttpToolsProtocol):
         first, section = _split(data)
         target = first[4:-9]
         if (
-            (headers := answers.known_fields(section)) is None
+            (known := answers.known_fields(section)) is None
             or first != b"GET %s HTTP/1.1" % target
             or (answer := answers.get(target)) is None
         ):
             return None
         super().on_message_begin()
-        self.url, self.scope["headers"] = target, headers
-        if not self._has_given_again(answers, answer):
+        self.url, self.scope["headers"] = target, known.headers
+        if not self._has_given_again(answers, answer, known):
             return False
         self._end_head_timer()
         self._framing_bytes = 0
@@ -552,7 +552,9 @@ class DownloadProtocol(HttpToolsProtocol):
             and DECIDING.isdisjoint(dict(self.headers))
         )
 
-    def _has_given_again(self, answers: KeptAnswers, answer: KeptAnswer | None) -> bool:
+    def _has_given_again(
+        self, answers: KeptAnswers, answer: KeptAnswer | None, known: KnownFields | None = None
+    ) -> bool:
         """Give the answer that is kept for this request, and return True; or return False: the application answers."""
         if (
             answer is None
@@ -565,7 +567,7 @@ class DownloadProtocol(HttpToolsProtocol):
         began = monotonic()
         scope: Any = self.scope
         before = scope["client"], scope["scheme"]
-        request_id = answers.identify(scope)
+        request_id = answers.identify(scope, known)
         if (
             (grant := answer.grant_for(self.url[len(answer.target) + 1 :], scope)) is None
             or not answer.may_be_had(scope)
@@ -583,9 +585,7 @@ class DownloadProtocol(HttpToolsProtocol):
         self.transport.write(b"".join((STATUS_LINE[answer.status], lines, lines_of_head, line, b"\r\n", body)))
         self.server_state.total_requests += 1
         if request_id is not None:
-            scope["extensions"] = {CONNECTION: self}
-            answers.count(answer, grant, scope, request_id, began, body)
-            del scope["extensions"]  # else only the garbage collector would free the connection
+            answers.count(answer, grant, scope, self, request_id, began, body)
         # The last answer has no cycle. The scope refers to this connection, and the cycle before it may do so.
         nothing: Any = None
         self.scope = self._cycle = nothing
