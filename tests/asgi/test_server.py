@@ -30,6 +30,7 @@ import downloadview_async as dv
 from downloadview_async.asgi.delivery import SMALL
 from downloadview_async.asgi.server import DownloadProtocol
 from downloadview_async.asgi.uvicorn import sendfile
+from downloadview_async.asgi.uvicorn.turns import turn
 from downloadview_async.sources.local import open_file
 from downloadview_async.sources.local.open_file import CHUNK_SIZE
 from downloadview_async.sources.local.refused_calls import Refusals
@@ -170,11 +171,11 @@ async def test_where_sendfile_is_refused_each_byte_is_read_once(big: Path, monke
 
 
 @on_disk
-@pytest.mark.parametrize("is_recent", [False, True])
-async def test_windows_grow_with_what_the_socket_takes(
-    big: Path, is_recent: bool, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("is_recent", "others_wait"), [(False, False), (False, True), (True, False)])
+async def test_windows_fit_what_the_socket_takes(
+    big: Path, is_recent: bool, others_wait: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A file that may be changing is copied."""
+    """The first one is shorter if other answers wait for their turns. A file that may be changing is copied."""
     app = app_for(big.parent)
     if is_recent:
         os.utime(big)
@@ -187,12 +188,15 @@ async def test_windows_grow_with_what_the_socket_takes(
 
     monkeypatch.setattr(os, "sendfile", counted)
     async with live(app, http=DownloadProtocol) as port:
+        loop = asyncio.get_running_loop()
+        turns = [turn(loop) for _ in range(10_000 if others_wait else 0)]
         assert (await ask(port, "/ours/big.bin")).body == big.read_bytes()
+        await asyncio.gather(*turns)
     if is_recent:
         assert not lengths
     else:
-        assert lengths[0] == CHUNK_SIZE
-        assert CHUNK_SIZE < max(lengths) <= sendfile._TURN
+        assert lengths[0] == (CHUNK_SIZE if others_wait else sendfile._FIRST)
+        assert lengths[0] < max(lengths) <= sendfile._TURN
 
 
 async def test_a_cold_file(big: Path) -> None:

@@ -21,7 +21,7 @@ from downloadview_async.asgi.transfer import chunks_of, exactly
 from downloadview_async.asgi.uvicorn.encrypted import MOST_HELD
 from downloadview_async.asgi.uvicorn.room import Waiting, begin_to_wait, end_wait
 from downloadview_async.asgi.uvicorn.sockets import socket_number
-from downloadview_async.asgi.uvicorn.turns import turn
+from downloadview_async.asgi.uvicorn.turns import has_waiting, turn
 from downloadview_async.asgi.uvicorn.watchdog import Watched
 from downloadview_async.errors import FileError, TransferAborted
 from downloadview_async.http.metadata import ByteRange
@@ -33,6 +33,7 @@ from downloadview_async.sources.workers import MID_TRANSFER
 
 _WINDOW = CHUNK_SIZE  # the most bytes that are in memory
 _TURN = 8 * _WINDOW  # bytes of pages that are sent in one turn, in one or more windows
+_FIRST = 4 * _WINDOW  # bytes that a new answer sends at once
 # Bytes that go through the transport when the socket is full, and there is no `epoll`, or still no room after the wait.
 # The transport then waits for the client. Where `sendfile` goes on answering EAGAIN although the transport sends all,
 # they double each time.
@@ -106,11 +107,12 @@ async def send_file(connection: Sending, cycle: Answer, message: Message) -> Non
     del message
     source = None if isinstance(body, OpenLocalFile) else body
     promised = given = 0
-    in_turn = _TURN - _WINDOW  # bytes since the last turn: a new answer waits for its turn after one window
+    # Bytes since the last turn. A new answer waits for its turn soon, and sooner if others wait for theirs.
+    in_turn = _TURN - (_WINDOW if has_waiting(loop) else _FIRST)
     is_full = has_waited = False  # is_full: whether the kernel has no room
     chunk: memoryview | bytes | None = None
     connection.file_sent = 0
-    few, window = _FEW, _WINDOW
+    few, window = _FEW, _TURN
     socket_of_pieces: socket.socket | None = None
     try:
         if cycle.disconnected:

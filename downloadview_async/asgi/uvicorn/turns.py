@@ -21,6 +21,11 @@ def turn(loop: asyncio.AbstractEventLoop) -> "asyncio.Future[bool]":
     return future
 
 
+def has_waiting(loop: asyncio.AbstractEventLoop) -> bool:
+    """Return whether anything waits for a turn."""
+    return _queues.get(loop) is not None
+
+
 def take_turn(loop: asyncio.AbstractEventLoop, future: "asyncio.Future[bool]") -> None:
     """Queue a future, whose result becomes True when its owner may send its next part."""
     queue = _queues.get(loop)
