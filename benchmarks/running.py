@@ -176,13 +176,15 @@ def running(server: Server, *, files: Path, scratch: Path, core: int, other_core
 
 
 def _start(command: Command, files: Path, output: IO[bytes]) -> subprocess.Popen[bytes]:
+    # an installed package has its byte code
+    inherited = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
     return subprocess.Popen(
         command.arguments,
         stdin=subprocess.DEVNULL,
         stdout=output,
         stderr=subprocess.STDOUT,
         cwd=_PROJECT,
-        env={**os.environ, "BENCH_FILES": str(files), **command.environment},
+        env={**inherited, "BENCH_FILES": str(files), **command.environment},
         start_new_session=True,
     )
 

@@ -1,6 +1,7 @@
 """The benchmark: its arithmetic, its page and its pictures as tables; and one short run of it."""
 
 import json
+import os
 import subprocess
 import sys
 import xml.etree.ElementTree as ElementTree
@@ -11,6 +12,9 @@ from typing import Any
 import pytest
 
 from benchmarks.caches import section as caches_section
+from benchmarks.calls import CASES, PARTS, part_of
+from benchmarks.calls import count as count_calls
+from benchmarks.calls import table as calls_table
 from benchmarks.costs import PAGE, SHOWN, write_costs
 from benchmarks.costs import page as costs_page
 from benchmarks.counting import Count
@@ -387,6 +391,38 @@ def test_what_a_cache_saves_counts_hits_and_misses() -> None:
         "| `a.cache` | 20 | 16 | 80.0% | 5.00 | 1.00 | 6.00 | 6.00 |",
         "| `a.useless` | 10 | 0 | 0.0% | 1.00 | 0.10 | 3.00 | -2.00 |",
     ]
+
+
+@pytest.mark.parametrize(
+    ("file", "part"),
+    [
+        ("downloadview_async/asgi/uvicorn/protocol.py", "the connection and its head"),
+        (".venv/lib/python3.11/site-packages/uvicorn/server.py", "the connection and its head"),
+        ("downloadview_async/asgi/kept_answers.py", "the answer that is kept"),
+        ("downloadview_async/asgi/accounts.py", "outcome, log and metrics"),
+        ("downloadview_async/asgi/response.py", "the application"),
+        ("lib/python3.11/site-packages/starlette/routing.py", "the application"),
+        ("lib/python3.11/site-packages/downloadview_async/sources/base.py", "the file"),
+        ("downloadview_async/downloadview_async/policy/grants.py", "access and limits"),
+        ("lib/python3.11/contextlib.py", "Python and its libraries"),
+        ("<string>", "Python and its libraries"),
+    ],
+)
+def test_each_function_is_of_one_part_of_a_request(file: str, part: str) -> None:
+    assert part_of(f"/somewhere/{file}" if file[0] != "<" else file) == part
+
+
+def test_the_calls_of_a_request_are_counted(tmp_path: Path) -> None:
+    (tmp_path / "10k.bin").write_bytes(bytes(10 << 10))
+    os.utime(tmp_path / "10k.bin", (1.7e9, 1.7e9))
+    calls = count_calls(CASES[0], tmp_path, tmp_path / "scratch", 20)
+    assert calls["system calls among them"] == 2  # stat and preadv
+    assert set(calls) <= {*PARTS, "C functions", "system calls among them"}
+    assert min(calls[part] for part in ("the answer that is kept", "the file", "outcome, log and metrics")) >= 3
+    assert sum(calls.values()) < 150
+    line = calls_table([("10 KiB", calls)]).splitlines()[-1].split(" | ")
+    assert (line[0], line[-1]) == ("| 10 KiB", "2.0 |")
+    assert int(line[1]) == round(sum(calls.values()) - 2)
 
 
 def test_a_plan_is_compared_with_what_replicas_have_used() -> None:
