@@ -6,7 +6,6 @@ from html import escape
 from urllib.parse import parse_qs, parse_qsl, unquote_to_bytes, urlsplit
 
 import anyio
-import segno
 from starlette.requests import Request
 from starlette.responses import HTMLResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -234,6 +233,8 @@ def _life_text(seconds: int) -> str:
 
 def _qr_code(link: str) -> str:
     """Return the link as an inline SVG; nothing for one that is too long."""
+    import segno  # it takes 1 MiB, and most services make no code
+
     try:
         code = segno.make(link, error="m", micro=False)
     except segno.DataOverflowError:

@@ -7,6 +7,8 @@ import threading
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from downloadview_async.service.memory import give_back
+
 _PATIENCE = 0.5  # seconds after the application's shutdown, which waits for downloads
 
 
@@ -28,7 +30,7 @@ class EndsInTime:
 
         async def send_and_start(message: Message) -> None:
             if message["type"] == "lifespan.startup.complete":
-                gc.collect()
+                give_back()
                 gc.freeze()
             elif message["type"] == "lifespan.shutdown.complete":
                 end_in(_PATIENCE)
