@@ -9,6 +9,7 @@ import re
 import socket
 import ssl
 import sys
+import threading
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from importlib.util import find_spec
 from pathlib import Path
@@ -199,13 +200,26 @@ async def test_windows_fit_what_the_socket_takes(
         assert lengths[0] < max(lengths) <= sendfile._TURN
 
 
-async def test_a_cold_file(big: Path) -> None:
+@on_disk
+async def test_a_cold_file_is_sent_by_threads_in_short_windows(big: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While a slow disk reads a long one, no call to the disk ends, so that it would look like one that hangs."""
     content = big.read_bytes()
     with big.open("rb") as file:
         os.fsync(file.fileno())
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    in_threads: list[int] = []
+    original = os.sendfile
+
+    def counted(*args: Any) -> int:
+        if threading.current_thread() is not threading.main_thread():
+            in_threads.append(args[3])
+        return original(*args)
+
+    monkeypatch.setattr(os, "sendfile", counted)
     async with live(app_for(big.parent), http=DownloadProtocol) as port:
         assert (await ask(port, "/ours/big.bin")).body == content
+    assert in_threads
+    assert max(in_threads) <= CHUNK_SIZE
 
 
 @on_disk

@@ -205,11 +205,16 @@ async def send_file(connection: Sending, cycle: Answer, message: Message) -> Non
                         in_turn = _TURN  # to copy takes several times as long
                     elif file.device in _refusals.devices:
                         sent = 0
-                    elif file.is_cached(offset, length):
-                        sent = _unless_full(os.sendfile, number, file.descriptor, offset, length)
-                        in_turn += max(sent, 0)
                     else:
-                        sent = await _sendfile_in_worker(connection, file, offset, length)
+                        is_cached = file.is_cached(offset, length)
+                        if not is_cached and length > _WINDOW:
+                            length = _WINDOW  # a slow disk has to end a call soon: else it looks like one that hangs
+                            is_cached = file.is_cached(offset, length)
+                        if is_cached:
+                            sent = _unless_full(os.sendfile, number, file.descriptor, offset, length)
+                            in_turn += max(sent, 0)
+                        else:
+                            sent = await _sendfile_in_worker(connection, file, offset, length)
                     if sent == _FULL and not has_waited:
                         is_full = True
                         continue
