@@ -284,7 +284,7 @@ SERVERS = {
                 key=key,
                 title=f"downloadview serve, {particular} in Redis",
                 commands=product.beside_redis(settings),
-                measures=("shared",),
+                measures=("shared", "rps_10k") if key == "shared-limits" else ("shared",),
                 needs=(*_SERVICE, "redis"),
                 shares=True,
                 programs=("redis-server",),
